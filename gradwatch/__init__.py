@@ -1,0 +1,1 @@
+"""gradwatch: a gradient-health monitor for PyTorch training loops."""

@@ -1,0 +1,402 @@
+"""What happened, as far back as memory allows: a bounded ring of records, the static facts of the model, and shared baselines.
+
+Rules see nothing else, so they run without a model and without torch, live or over the record of a dead run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import Baselines
+from gradwatch.records import SCHEMA, STATISTICS, StepRecord
+
+MAX_BYTES = 64 * 2**20
+"""Upper bound of the ring buffer. 64 MB is below 1 % of the memory of any machine that trains 10,000 layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterFact:
+    """What does not change about one parameter.
+
+    Attributes:
+        name: qualified name, of the unwrapped model; a tied parameter stands once, under its first name.
+        layer: qualified name of the module that holds it.
+        shape: its shape; () for a scalar and for a parameter that is not materialised yet.
+        dtype: for example "float32".
+        trainable: requires a gradient.
+        owner: the optimizer that steps it, as "AdamW#0", or None while none is known.
+        init_rms: root mean square when attached (NaN: not known).
+        equal_rows: all rows were equal when attached (a constant or zero initialisation); False for vectors.
+        order: rank in the order of execution found in the autograd graph, from 0 at the input; None: never seen in a graph.
+        distance: least number of autograd nodes between the loss and this parameter; None: never seen in a graph.
+        in_scope: not left out by `Sampling.include` and `exclude`.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    trainable: bool = True
+    owner: str | None = None
+    init_rms: float = float("nan")
+    equal_rows: bool = False
+    order: int | None = None
+    distance: int | None = None
+    in_scope: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFact:
+    """What does not change about one module.
+
+    Attributes:
+        name: qualified name; the root is "" (or the key of a mapping of models).
+        type: class name, for example "Linear".
+        kind: what it is: "activation", "normalization", "linear", "convolution", "recurrent", "embedding", "attention", "dropout",
+            "container" or "other".
+        order: rank of its first parameter in the order of execution, or None.
+        role: "input", "hidden", "head" or "" while unknown.
+        activation: for an activation its torch class name, else None.
+        in_scope: not left out by `Sampling.include` and `exclude`.
+    """
+
+    name: str
+    type: str = "Module"
+    kind: str = "other"
+    order: int | None = None
+    role: str = ""
+    activation: str | None = None
+    in_scope: bool = True
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The static facts of a run; rewritten when the model or what is known of it changes.
+
+    Attributes:
+        parameters: one fact a column of the per-parameter statistics.
+        layers: one fact a column of the per-layer statistics.
+        outside: shapes of trainable leaves of the autograd graph that belong to no registered parameter and to no optimizer.
+        outside_in_model: those of them that were found in the attributes of a watched module (a layer in a plain list), by path.
+        opaque: the graph holds nodes that hide what is below them (reentrant checkpoint, compiled region, custom function).
+        unreached: trainable parameters that no path of any graph walked so far reaches; () where a graph was opaque.
+        schema: number of the layout.
+    """
+
+    parameters: tuple[ParameterFact, ...] = ()
+    layers: tuple[LayerFact, ...] = ()
+    outside: tuple[tuple[int, ...], ...] = ()
+    outside_in_model: tuple[str, ...] = ()
+    opaque: bool = False
+    unreached: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    @cached_property
+    def trainable(self) -> NDArray[np.bool_]:
+        """`[P]`."""
+        return np.array([f.trainable for f in self.parameters], bool)
+
+    @cached_property
+    def owned(self) -> NDArray[np.bool_]:
+        """`[P]`: an optimizer is known that owns it."""
+        return np.array([f.owner is not None for f in self.parameters], bool)
+
+    @cached_property
+    def in_scope(self) -> NDArray[np.bool_]:
+        """`[P]`."""
+        return np.array([f.in_scope for f in self.parameters], bool)
+
+    @cached_property
+    def ndim(self) -> NDArray[np.int64]:
+        """`[P]`."""
+        return np.array([len(f.shape) for f in self.parameters], np.int64)
+
+    @cached_property
+    def numel(self) -> NDArray[np.int64]:
+        """`[P]`."""
+        return np.array([int(np.prod(f.shape)) for f in self.parameters], np.int64)
+
+    @cached_property
+    def order(self) -> NDArray[np.float64]:
+        """`[P]`: rank in the order of execution, NaN where unknown."""
+        return np.array([np.nan if f.order is None else f.order for f in self.parameters], float)
+
+    @cached_property
+    def distance(self) -> NDArray[np.float64]:
+        """`[P]`: autograd nodes between the loss and the parameter, NaN where unknown."""
+        return np.array([np.nan if f.distance is None else f.distance for f in self.parameters], float)
+
+    @cached_property
+    def layer_index(self) -> NDArray[np.int64]:
+        """`[P]`: column of each parameter's module among the layers."""
+        at = {f.name: i for i, f in enumerate(self.layers)}
+        return np.array([at.get(f.layer, -1) for f in self.parameters], np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What has happened since the last closed record and is not in it.
+
+    Attributes:
+        backward_calls: backward passes in the open record.
+        unowned: backward passes dropped since the last record because only optimizers of other models stepped.
+        foreign_steps: steps of optimizers that own nothing watched, since the last record.
+        ever_stepped: an owner of a watched parameter has stepped, or a watched weight has been changed by hand, at least once.
+    """
+
+    backward_calls: int = 0
+    unowned: int = 0
+    foreign_steps: int = 0
+    ever_stepped: bool = False
+
+
+class RingBuffer:
+    """The last `capacity` rows of one structured dtype, in one fixed allocation.
+
+    Args:
+        dtype: structured numpy dtype of a row.
+        capacity: rows wanted, at least 1; fewer are kept where they would take more than `max_bytes` (at least one always is).
+        max_bytes: bound of the allocation, bytes.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], capacity: int, max_bytes: int = MAX_BYTES) -> None:
+        if capacity < 1:
+            raise ValueError(f"RingBuffer(capacity={capacity}): needs at least 1 row")
+        self.capacity = max(1, min(int(capacity), max_bytes // max(1, dtype.itemsize)))
+        self.total = 0
+        self._rows = np.zeros(self.capacity, dtype)
+
+    def __len__(self) -> int:
+        return min(self.total, self.capacity)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._rows.nbytes)
+
+    def append(self, row: NDArray[Any]) -> None:
+        self._rows[self.total % self.capacity] = row
+        self.total += 1
+
+    def column(self, name: str, last: int | None = None) -> NDArray[Any]:
+        """The last rows of one field, oldest first, as a copy."""
+        n = len(self) if last is None else max(0, min(last, len(self)))
+        start, stop = self.total - n, self.total
+        first, end = start % self.capacity, stop % self.capacity
+        field_ = self._rows[name]
+        if n == 0:
+            return field_[:0].copy()
+        if first < end:
+            return field_[first:end].copy()
+        return np.concatenate((field_[first:], field_[:end]))
+
+
+@dataclass
+class History:
+    """The record of a run: `stat(name)` gives a statistic over the kept records, oldest first.
+
+    Attributes:
+        meta: static facts of the model.
+        baselines: running baselines, shared by rules.
+        pending: what happened since the last closed record.
+        ended: the watched block is being left: rules judge what they have.
+    """
+
+    meta: Meta
+    window: int = 512
+    baselines: Baselines = field(default_factory=lambda: Baselines(0))
+    pending: Pending = Pending()
+    ended: bool = False
+    max_bytes: int = MAX_BYTES
+
+    def __post_init__(self) -> None:
+        self.baselines = Baselines(len(self.meta.parameters))
+        self._ring = RingBuffer(_row_dtype(len(self.meta.parameters), len(self.meta.layers)), self.window, self.max_bytes)
+        self._set_names()
+
+    def _set_names(self) -> None:
+        self._parameters = tuple(f.name for f in self.meta.parameters)
+        self._layers = tuple(f.name for f in self.meta.layers)
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters, frozen ones too: the columns of `[T, P]` statistics."""
+        return self._parameters
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all modules, root and containers included, in registration order: the columns of `[T, L]` statistics."""
+        return self._layers
+
+    @property
+    def capacity(self) -> int:
+        """Records that are kept: `Sampling.window`, or fewer where that would take more than 64 MB."""
+        return self._ring.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring buffer."""
+        return self._ring.nbytes
+
+    @property
+    def recorded(self) -> int:
+        """Records closed since the start, kept or not: the number of the next record."""
+        return self._ring.total
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """int64 `[T]`: numbers of the kept records, oldest first."""
+        return np.arange(self._ring.total - len(self._ring), self._ring.total, dtype=np.int64)
+
+    def stat(self, name: str) -> NDArray[Any]:
+        """A statistic over the kept records, oldest first, as a copy.
+
+        Args:
+            name: one of `gradwatch.records.STATISTICS`.
+
+        Returns:
+            float32 `[T, P]`, `[T, L]` or `[T]`, but uint8 for `grad_state` and `skip_reason`, bool for `skipped`, float64 for `time`.
+            NaN where nothing was observed.
+
+        Raises:
+            KeyError: no such statistic; the message lists the names.
+        """
+        return self.recent(name, None)
+
+    def recent(self, name: str, last: int | None) -> NDArray[Any]:
+        """Like `stat`, of the last `last` records only (fewer at the start): what a rule should ask for."""
+        if name not in STATISTICS:
+            raise KeyError(f"no statistic {name!r}; there are: {', '.join(STATISTICS)}")
+        return self._ring.column(name, last)
+
+    def record(self, last: int = 1) -> StepRecord:
+        """The `last`-th record from the end."""
+        if not 1 <= last <= len(self):
+            raise IndexError(f"record({last}): {len(self)} records are kept")
+        stats: dict[str, Any] = {}
+        for name, statistic in STATISTICS.items():
+            value = self._ring.column(name, last)[0]
+            stats[name] = value.item() if statistic.axis == "update" else value
+        return StepRecord(self.recorded - last, self.parameters, self.layers, stats)
+
+    # -- written by the watch ------------------------------------------------------------------------------------------------------
+
+    def blank_row(self) -> NDArray[Any]:
+        """A row in which nothing is observed: a 0-d structured array, NaN in every float field."""
+        row = np.zeros((), self._ring.dtype)
+        for name, statistic in STATISTICS.items():
+            if statistic.dtype.startswith("f"):
+                row[name] = np.nan
+        return row
+
+    def append(self, row: NDArray[Any]) -> None:
+        """Take a closed record; its number is `recorded` before the call."""
+        self._ring.append(row)
+        self.baselines.update(row, self.recorded - 1)
+
+    def set_meta(self, meta: Meta) -> None:
+        """Replace the static facts. Columns are matched by name: new ones are NaN in the past, lost ones go."""
+        old_p, old_l = self._parameters, self._layers
+        self.meta = meta
+        self._set_names()
+        if (old_p, old_l) == (self._parameters, self._layers):
+            return
+        old = self._ring
+        ring = RingBuffer(_row_dtype(len(self._parameters), len(self._layers)), self.window, self.max_bytes)
+        p_from, p_to = _match(old_p, self._parameters)
+        l_from, l_to = _match(old_l, self._layers)
+        keep = min(len(old), ring.capacity)
+        ring.total = old.total - keep
+        columns = {name: old.column(name, keep) for name in STATISTICS}
+        self._ring = ring
+        for t in range(keep):
+            row = self.blank_row()
+            for name, statistic in STATISTICS.items():
+                if statistic.axis == "update":
+                    row[name] = columns[name][t]
+                elif statistic.axis == "parameter":
+                    row[name][p_to] = columns[name][t][p_from]
+                else:
+                    row[name][l_to] = columns[name][t][l_from]
+            ring.append(row)
+        self.baselines.relayout(len(self._parameters), p_from, p_to)
+
+    # -- a run that goes on later, or is judged again ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain Python and numpy objects."""
+        return {
+            "schema": SCHEMA,
+            "meta": self.meta,
+            "window": self.window,
+            "total": self.recorded,
+            "columns": {name: self.stat(name) for name in STATISTICS},
+            "baselines": self.baselines.state_dict(),
+            "pending": self.pending,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> History:
+        """The history that `state_dict` described.
+
+        Raises:
+            ValueError: the state was written with another layout.
+        """
+        if state.get("schema") != SCHEMA:
+            raise ValueError(f"history of schema {state.get('schema')!r}: this gradwatch reads schema {SCHEMA}")
+        history = cls(state["meta"], state["window"])
+        history._fill(state["columns"], state["total"])
+        history.baselines.load_state_dict(state["baselines"])
+        history.pending = state["pending"]
+        return history
+
+    def _fill(self, columns: Mapping[str, NDArray[Any]], total: int) -> None:
+        kept = len(columns["time"])
+        self._ring.total = total - kept
+        for t in range(kept):
+            row = self.blank_row()
+            for name in STATISTICS:
+                row[name] = columns[name][t]
+            self._ring.append(row)
+
+    def replay(self) -> Iterator[History]:
+        """A second history that grows record by record as this one did: yields itself after each, `ended` set after the last.
+
+        Rules run over it say what they said live, as far as the kept records and the final `meta` allow.
+        """
+        again = replace(self)
+        again._ring.total = self.recorded - len(self)
+        again.pending, again.ended = replace(self.pending, backward_calls=0, unowned=0), False
+        columns = {name: self.stat(name) for name in STATISTICS}
+        for t in range(len(self)):
+            row = again.blank_row()
+            for name in STATISTICS:
+                row[name] = columns[name][t]
+            again.append(row)
+            yield again
+        again.pending, again.ended = self.pending, True
+        yield again
+
+
+def _row_dtype(parameters: int, layers: int) -> np.dtype[Any]:
+    shape: dict[str, tuple[int, ...]] = {"parameter": (parameters,), "layer": (layers,), "update": ()}
+    return np.dtype([(name, statistic.dtype, shape[statistic.axis]) for name, statistic in STATISTICS.items()])
+
+
+def _match(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    at = {name: i for i, name in enumerate(old)}
+    pairs = [(at[name], i) for i, name in enumerate(new) if name in at]
+    array = np.array(pairs, np.int64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]

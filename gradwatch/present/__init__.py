@@ -1,0 +1,1 @@
+"""Showing what was found: console and tables. No torch."""

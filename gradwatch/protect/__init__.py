@@ -1,0 +1,1 @@
+"""Acting before the weights change."""
