@@ -177,7 +177,8 @@ class RingBuffer:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self._rows.dtype
+        dtype: np.dtype[Any] = self._rows.dtype
+        return dtype
 
     @property
     def nbytes(self) -> int:

@@ -74,7 +74,7 @@ class Statistic:
 def _table() -> dict[str, Statistic]:
     p, la, u = "parameter", "layer", "update"
     rows: list[tuple[str, Any, str, str, str]] = [
-        ("grad_norm", p, "f4", "loss/weight", "2-norm of the accumulated gradient: true units, before clipping, loss scale divided out"),
+        ("grad_norm", p, "f4", "loss/weight", "2-norm of the accumulated gradient, before clipping, loss scale divided out"),
         ("grad_nonfinite", p, "f4", "elements", "NaN and Inf elements of the gradient; 0 where its norm is finite"),
         ("weight_norm", p, "f4", "weight", "2-norm of the parameter before the step, on full-statistics updates"),
         ("update_ratio", p, "f4", "", "RMS of the step over RMS of the parameter before it, over a fixed sample of elements"),
