@@ -1,0 +1,220 @@
+"""Rules, layers and numbers in words: what every surface that speaks to a person shares. Plain strings, no rich, no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from gradwatch.records import Alert, Origin, Severity
+
+RULE_WORDS: Final = {
+    "non_finite_gradient": "NaN or Inf in the gradient",
+    "non_finite_activation": "NaN or Inf in the activations",
+    "non_finite_loss": "NaN or Inf in the loss",
+    "non_finite_weight": "NaN or Inf in the weights",
+    "non_finite_input": "NaN or Inf in the input",
+    "zero_gradient": "gradient exactly zero",
+    "gradients_not_zeroed": "gradients not zeroed between updates",
+    "not_in_optimizer": "trained by no optimizer",
+    "never_stepped": "the optimizer never steps",
+    "frozen_weights": "weights do not move",
+    "update_ratio_too_large": "updates too large for the weights",
+    "update_ratio_too_small": "updates too small for the weights",
+    "loss_diverging": "the loss diverges",
+    "loss_plateau": "the loss stands still",
+    "loss_scale_collapse": "the loss scale collapses",
+    "poor_init": "poor initialisation",
+    "unnormalized_input": "input not normalised",
+    "double_softmax": "softmax applied twice",
+}
+"""Rules whose name does not read as words; the others are spoken as they are written, "vanishing gradient"."""
+
+ERROR: Final = "✗"
+WARNING: Final = "▲"
+GOOD: Final = "✓"
+"""Marks. In ASCII they become "X", "!" and "+"."""
+
+_ASCII: Final = str.maketrans(
+    {
+        ERROR: "X",
+        WARNING: "!",
+        GOOD: "+",
+        "×": "x",
+        "·": "-",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "…": "...",
+        "‖": "||",
+        "≥": ">=",
+        "≤": "<=",
+        "≈": "~",
+        "→": "->",
+        "←": "<-",
+        "∞": "inf",
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "\N{NO-BREAK SPACE}": " ",
+    }
+)
+
+
+def rule_words(rule: str) -> str:
+    """The symptom in plain words: "vanishing gradient" for `vanishing_gradient`."""
+    return RULE_WORDS.get(rule, rule.replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Two or three figures, the way people write them: "0.12", "3.1e-9", "812"."""
+    value = float(value)
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf" if value > 0 else "-Inf"
+    if value.is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    if 100 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    if 1e-3 <= abs(value) < 100:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 update", "3 updates"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def ordinal(count: int) -> str:
+    """ "2nd", "11th", "32nd"."""
+    ending = "th" if count % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
+    return f"{count}{ending}"
+
+
+def listed(names: Sequence[str], room: int = 2) -> str:
+    """Names in a sentence: "a", "a, b and c", and from `room + 2` on "a, b and 9 more"; the root module is "(model)"."""
+    shown = [name or "(model)" for name in names]
+    if len(shown) > room + 1:
+        return f"{', '.join(shown[:room])} and {len(shown) - room} more"
+    if len(shown) > 1:
+        return f"{', '.join(shown[:-1])} and {shown[-1]}"
+    return shown[0] if shown else ""
+
+
+def where(alert: Alert, room: int = 2) -> str:
+    """The place, as it stands after "in": the layers, else the parameters; "" where the fault has no place."""
+    names = alert.layers or alert.parameters
+    if not names:
+        return ""
+    if tuple(names) == ("",):
+        return "the model"
+    # A bare "3" (an nn.Sequential) would read as a count.
+    bare = any(name and not re.search(r"[^\W\d]", name) for name in names[: room + 1])
+    return f"layer{'s' if len(names) > 1 else ''} {listed(names, room)}" if bare else listed(names, room)
+
+
+def names_it(sentence: str, name: str) -> bool:
+    """The sentence already says this name, as a whole word. A name without letters is never taken as said: it may be a number."""
+    if not re.search(r"[^\W\d]", name):
+        return False
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", sentence) is not None
+
+
+def two_numbers(alert: Alert) -> str:
+    """The first two numbers of the evidence, for a message that holds none: "ratio 3.1e-9, peers 0.12"."""
+    pairs = list(alert.evidence.items())[:2]
+    return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in pairs)
+
+
+def holds_a_number(sentence: str, names: Sequence[str]) -> bool:
+    """There is a figure in the sentence that is no part of one of the names."""
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        sentence = sentence.replace(name, "")
+    return re.search(r"\d|\bNaN\b|\bInf\b", sentence) is not None
+
+
+def birthplace(origin: Origin) -> str:
+    """Where a non-finite value was born: "aten::sqrt in the backward pass of encoder.0, train.py:31"."""
+    if origin.phase == "input":
+        place = "the batch that went into the model"
+    elif origin.phase == "weight":
+        place = f"a weight of {origin.module or 'the model'}"
+    else:
+        place = f"the {origin.phase} pass of {origin.module or 'the loss'}"
+        if origin.op:
+            place = f"{origin.op} in {place}"
+    return f"{place}, {origin.source}" if origin.source else place
+
+
+def why(alert: Alert) -> str:
+    """The cause as a sentence, with the birthplace of a non-finite value unless the cause names it; "" if nothing is known."""
+    said = _sentence(alert.cause)
+    if alert.origin is not None and not _said(alert.origin, alert.cause):
+        said = f"{said} Born in {birthplace(alert.origin)}.".strip()
+    return said
+
+
+def remedy(alert: Alert) -> str:
+    """What to try, as a sentence."""
+    return _sentence(alert.remedy)
+
+
+def _said(origin: Origin, cause: str) -> bool:
+    parts = [part for part in (origin.source, origin.op.removeprefix("aten::")) if part]
+    return bool(parts) and all(part in cause for part in parts)
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    if text and text[-1] not in ".!?":
+        text += "."
+    return text
+
+
+def spoken(alert: Alert) -> tuple[str, str, str]:
+    """The first line of an alert in three parts: symptom, place ("" if the detail names it), detail with its numbers."""
+    detail = " ".join(alert.message.split()).rstrip(".")
+    place = where(alert)
+    if len(alert.layers) == 1 and names_it(detail, alert.layers[0]):
+        place = ""
+    if not holds_a_number(detail, (*alert.layers, *alert.parameters)):
+        numbers = two_numbers(alert)
+        detail = f"{detail} ({numbers})" if detail and numbers else detail or numbers
+    return rule_words(alert.rule), place, detail
+
+
+def mark(severity: Severity) -> str:
+    """The mark of an alert."""
+    return ERROR if severity >= Severity.ERROR else WARNING
+
+
+def began(alert: Alert) -> str:
+    """When: "at step 57" for a single update, "since step 0" for what lasts."""
+    return f"at step {alert.step}" if alert.last_step <= alert.step else f"since step {alert.step}"
+
+
+def fit(text: str, encoding: str) -> str:
+    """The text with nothing that the encoding lacks and no control character: a name may hold anything, a terminal obeys it."""
+    text = "".join(char if char.isprintable() else _escaped(char) for char in text)
+    if can(text, encoding):
+        return text
+    text = "".join(char if can(char, encoding) else char.translate(_ASCII) for char in text)
+    return text if can(text, encoding) else text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def can(text: str, encoding: str) -> bool:
+    """The encoding has every character of the text."""
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _escaped(char: str) -> str:
+    return " " if char.isspace() else char.encode("unicode_escape").decode("ascii")
