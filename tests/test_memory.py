@@ -1,0 +1,173 @@
+"""What the watch holds does not grow with the run, and no tensor lives from one update into the next."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradwatch import GradWatch, Sampling
+from tests.networks import NETWORKS
+
+
+class Tiny:
+    """The least training that has everything a watch looks at: two layers, a stateful optimizer, a loss."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.5)
+        self.x, self.y = torch.randn(8, 3), torch.randn(8, 1)
+
+    def update(self) -> None:
+        self.optimizer.zero_grad()
+        nn.functional.mse_loss(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def run(self, updates: int) -> None:
+        for _ in range(updates):
+            self.update()
+
+
+def held() -> dict[str, int]:
+    """What the process holds now: traced bytes, blocks of the small-object allocator, objects with references."""
+    gc.collect()
+    return {"bytes": tracemalloc.get_traced_memory()[0], "blocks": sys.getallocatedblocks(), "objects": len(gc.get_objects())}
+
+
+def growth(run: Callable[[int], None], warm: int, updates: int) -> dict[str, int]:
+    """By how much what is held grew between update `warm` and update `updates`."""
+    run(warm)
+    tracemalloc.start(1)
+    try:
+        before = held()
+        run(updates - warm)
+        after = held()
+    finally:
+        tracemalloc.stop()
+    return {key: after[key] - before[key] for key in before}
+
+
+BOUND = {"bytes": 100_000, "blocks": 2_000, "objects": 100}
+"""Over 18,000 updates: a leak of one float an update would be 432,000 bytes and 18,000 blocks."""
+
+
+def test_memory_is_flat_over_20_000_updates() -> None:
+    training = Tiny()
+    with GradWatch(training.model, console=False) as watch:
+        grown = growth(training.run, 2_000, 20_000)
+    assert watch.history.recorded == 20_000
+    assert all(grown[key] <= BOUND[key] for key in BOUND), grown
+
+
+def test_memory_is_flat_while_an_incident_stays_open() -> None:
+    """A fault that lasts is one incident, not a list that grows."""
+    training = Tiny()
+
+    def run(updates: int) -> None:
+        for _ in range(updates):
+            training.model(training.x).square().mean().backward()
+            training.optimizer.step()
+            with torch.no_grad():
+                for parameter in training.model.parameters():
+                    parameter.grad.clamp_(-1, 1)  # type: ignore[union-attr]
+
+    with GradWatch(training.model, console=False) as watch:
+        grown = growth(run, 700, 3_000)
+    assert "gradients_not_zeroed" in {alert.rule for alert in watch.alerts}
+    assert len(watch.alerts) < 10
+    assert grown["blocks"] < 1_000, grown
+    assert grown["bytes"] < 50_000, grown
+
+
+def test_memory_is_flat_without_a_step() -> None:
+    """Endless backward passes that nobody steps are one open record."""
+    training = Tiny()
+
+    def run(updates: int) -> None:
+        for _ in range(updates):
+            training.model(training.x).square().mean().backward()
+
+    with GradWatch(training.model, console=False):
+        grown = growth(run, 700, 3_000)
+    assert grown["blocks"] < 1_000, grown
+    assert grown["bytes"] < 50_000, grown
+
+
+def test_the_measure_sees_one_float_an_update() -> None:
+    """The tests above can fail: the smallest leak there is exceeds their bounds."""
+    training = Tiny()
+    leak: list[float] = []
+
+    def run(updates: int) -> None:
+        for i in range(updates):
+            training.update()
+            leak.append(i + 0.5)
+
+    grown = growth(run, 200, 3_200)
+    assert grown["bytes"] * 6 > BOUND["bytes"]
+    assert grown["blocks"] > 1_000
+    assert grown["bytes"] > 50_000
+
+
+def test_the_history_stays_below_its_bound_and_says_what_it_kept() -> None:
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(2_000)])
+    watch = GradWatch(model, console=False, sampling=Sampling(window=100_000))
+    watch.attach()
+    history = watch.history
+    watch.detach()
+    assert history.nbytes <= 64 * 2**20
+    assert history.capacity < 100_000
+
+
+def tensors() -> list[Tensor]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_in_place", "gan", "lstm", "embedding_sparse", "checkpointing"])
+def test_the_number_of_live_tensors_does_not_grow(name: str) -> None:
+    training = NETWORKS[name]()
+    with GradWatch(training.model, console=False, sampling=Sampling(dense=10, every=5)):
+        training.run(12)
+        before = len(tensors())
+        # 20 is a whole number of sampling periods: both counts are taken at the same point of the cadence.
+        training.run(20, start=12)
+        assert len(tensors()) == before
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_in_place", "lstm", "embedding_sparse", "checkpointing", "bf16_autocast"])
+def test_no_gradient_loss_or_activation_lives_into_the_next_update(name: str) -> None:
+    training = NETWORKS[name]()
+    (model,) = training.modules().values()
+    kept: dict[str, weakref.ref[Tensor]] = {}
+    original = torch.autograd.backward
+
+    def remember_output(module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            kept[f"output of {type(module).__name__} {len(kept)}"] = weakref.ref(output)
+
+    with GradWatch(model, console=False):
+        training.run(3)
+        handles = [part.register_forward_hook(remember_output) for part in model.modules()]
+        training.run(1, start=3)
+        for handle in handles:
+            handle.remove()
+        kept |= {f"gradient of {n}": weakref.ref(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        training.run(1, start=4)
+        gc.collect()
+        assert len(kept) > 2
+        assert not [name for name, reference in kept.items() if reference() is not None]
+    assert torch.autograd.backward is original
+
+
+def test_the_census_sees_a_kept_tensor() -> None:
+    before = len(tensors())
+    kept = [torch.zeros(1)]
+    assert len(tensors()) == before + len(kept)
