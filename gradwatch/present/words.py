@@ -54,6 +54,7 @@ _ASCII: Final = str.maketrans(
         "→": "->",
         "←": "<-",
         "∞": "inf",
+        "µ": "u",
         "“": '"',
         "”": '"',
         "‘": "'",
@@ -83,6 +84,26 @@ def number(value: float) -> str:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def times(ratio: float) -> str:
+    """A factor: "×7.3", "×3.1e8"."""
+    return f"×{ratio:.1f}" if ratio < 100 else f"×{number(ratio)}"
+
+
+def duration(seconds: float) -> str:
+    """ "35 µs", "0.4 ms", "1.2 s"."""
+    for unit, size in (("µs", 1e-6), ("ms", 1e-3)):
+        if seconds < (100 * size if unit == "µs" else 1):
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def percent(share: float) -> str:
+    """ "0.6 %", and "under 0.1 %" for less than can be measured."""
+    return (
+        "under 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %") if share < 0.1 else f"{share:.0%}".replace("%", " %")
+    )
 
 
 def plural(count: int, noun: str) -> str:
