@@ -1,1 +1,39 @@
-"""The rules, one file per family of symptoms."""
+"""The rules: functions of the history that yield findings, one file per family of symptoms."""
+
+from __future__ import annotations
+
+from gradwatch.diagnose.rules.loop import gradients_not_zeroed, missing_gradient, never_stepped, not_in_optimizer
+from gradwatch.diagnose.rules.non_finite import non_finite_gradient, non_finite_loss, non_finite_weight
+from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, name_of, persistence_of, persistent
+from gradwatch.diagnose.rules.scale import loss_scale_collapse
+
+__all__ = [
+    "PERSISTENCE",
+    "Rule",
+    "default_rules",
+    "gradients_not_zeroed",
+    "loss_scale_collapse",
+    "missing_gradient",
+    "name_of",
+    "never_stepped",
+    "non_finite_gradient",
+    "non_finite_loss",
+    "non_finite_weight",
+    "not_in_optimizer",
+    "persistence_of",
+    "persistent",
+]
+
+
+def default_rules() -> tuple[Rule, ...]:
+    """The rules of a watch that is not told otherwise."""
+    return (
+        non_finite_weight,
+        non_finite_loss,
+        non_finite_gradient,
+        gradients_not_zeroed,
+        never_stepped,
+        missing_gradient,
+        not_in_optimizer,
+        loss_scale_collapse,
+    )

@@ -1,0 +1,232 @@
+"""One fault, one incident: findings are folded under their cause, extend what is open, and become alerts that are sent three times.
+
+An alert is sent when its incident opens, when its severity rises and when it ends. In between the incident goes on silently.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from gradwatch.diagnose.advice import explain
+from gradwatch.diagnose.naming import layers_of, overlap
+from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, name_of, persistence_of
+from gradwatch.history import History
+from gradwatch.records import Alert, Finding
+
+CAUSES: tuple[tuple[str, ...], ...] = (
+    ("non_finite_input",),
+    ("non_finite_weight",),
+    ("non_finite_activation",),
+    ("non_finite_loss",),
+    ("non_finite_gradient",),
+    ("gradients_not_zeroed",),
+    ("double_softmax", "unnormalized_input", "poor_init", "dead_units", "saturated_activation"),
+    ("exploding_gradient",),
+    ("vanishing_gradient",),
+    ("zero_gradient",),
+    ("update_ratio_too_large", "update_ratio_too_small"),
+    ("loss_diverging", "loss_spike", "loss_plateau"),
+)
+"""Rules, causes before their consequences."""
+
+_RANK = {rule: rank for rank, rules in enumerate(CAUSES) for rule in rules}
+_POISON = frozenset(name for names in CAUSES[:5] for name in names)
+
+
+@dataclass(slots=True)
+class _Incident:
+    alert: Alert
+    persistence: int
+    record: int
+    """Number of records closed when there was evidence last."""
+
+
+class Incidents:
+    """Runs the rules after each record and keeps what they found.
+
+    Args:
+        rules: functions of the history.
+        notice: told, once each, of rules that raised.
+    """
+
+    def __init__(self, rules: Iterable[Rule], *, notice: Callable[[str], None]) -> None:
+        self._rules = tuple(rules)
+        self._notice = notice
+        self._off: set[int] = set()
+        self._incidents: list[_Incident] = []
+        self._named: tuple[Any, tuple[str, ...], tuple[str, ...]] | None = None
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """Every incident in its present state, in the order in which they opened."""
+        return tuple(incident.alert for incident in self._incidents)
+
+    def judge(self, history: History) -> tuple[Alert, ...]:
+        """Run the rules over the history as it is now.
+
+        Args:
+            history: with a record more than at the last call, or with its `pending` or `ended` changed.
+
+        Returns:
+            The alerts to send: incidents that opened, whose severity rose, or that ended.
+        """
+        send: list[Alert] = []
+        found = self._run(history)
+        # A cause opens its incident before its consequences look for one.
+        for finding, persistence in sorted(found, key=lambda pair: _RANK.get(pair[0].rule, len(_RANK))):
+            incident = self._cause_of(finding) or self._same(finding)
+            if incident is None:
+                incident = self._open(finding, persistence, history)
+                self._incidents.append(incident)
+                send.append(incident.alert)
+            elif self._extend(incident, finding, history):
+                send.append(incident.alert)
+        send.extend(self._end(history))
+        return tuple(send)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain Python objects and alerts."""
+        return {
+            "incidents": [(incident.alert, incident.persistence, incident.record) for incident in self._incidents],
+            "off": sorted(self._off),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._incidents = [_Incident(*incident) for incident in state["incidents"]]
+        self._off = set(state["off"])
+
+    # -- findings ------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, history: History) -> list[tuple[Finding, int]]:
+        found: list[tuple[Finding, int]] = []
+        for i, rule in enumerate(self._rules):
+            if i in self._off:
+                continue
+            try:
+                # Whatever a user's rule yields is looked at inside the `try`, for it is theirs.
+                scoped = [self._in_scope(finding, history) for finding in rule(history)]
+            except Exception:
+                self._off.add(i)
+                self._notice(f"the rule {name_of(rule)} raised and is switched off:\n{traceback.format_exc()}")
+                continue
+            found += [(finding, persistence_of(rule)) for finding in scoped if finding is not None]
+        return found
+
+    def _in_scope(self, finding: Finding, history: History) -> Finding | None:
+        """The finding with its modules named and what is out of scope removed; None if nothing of it is left."""
+        if not isinstance(finding, Finding):
+            raise TypeError(f"a rule yields Finding, got {type(finding).__name__}: {finding!r}")
+        evidence = {name: float(value) for name, value in finding.evidence.items() if isfinite(value)}
+        parameters, layers = tuple(finding.parameters), tuple(finding.layers)
+        if parameters or layers:
+            meta = history.meta
+            if not meta.in_scope.all():
+                hidden = {fact.name for fact in meta.parameters if not fact.in_scope}
+                parameters = tuple(name for name in parameters if name not in hidden)
+                hidden = {fact.name for fact in meta.layers if not fact.in_scope}
+                layers = tuple(name for name in layers if name not in hidden)
+                if not parameters and not layers:
+                    return None
+            if not layers:
+                layers = self._layers_of(history, parameters)
+        return replace(finding, step=int(finding.step), parameters=parameters, layers=layers, evidence=evidence)
+
+    def _layers_of(self, history: History, parameters: tuple[str, ...]) -> tuple[str, ...]:
+        # A persistent finding names the same parameters at every update, and names of 20,000 take a while to fold.
+        if self._named is None or self._named[0] is not history.meta or self._named[1] != parameters:
+            self._named = (history.meta, parameters, layers_of(history.meta, parameters))
+        return self._named[2]
+
+    # -- incidents -----------------------------------------------------------------------------------------------------------------
+
+    def _cause_of(self, finding: Finding) -> _Incident | None:
+        """The open incident of which the finding is a consequence."""
+        rank = _RANK.get(finding.rule)
+        if rank is None:
+            return None
+        for incident in self._incidents:
+            alert = incident.alert
+            if alert.state != "open" or alert.rule == finding.rule or alert.rule not in _RANK:
+                continue
+            # A bad value travels from a gradient into the weights and on into the loss: whichever was bad first is the cause.
+            poisoned = alert.rule in _POISON and finding.rule in _POISON
+            if poisoned and alert.step <= finding.step:
+                return incident
+            if _RANK[alert.rule] < rank and alert.step <= finding.step and overlap(alert.layers, finding.layers):
+                return incident
+        return None
+
+    def _same(self, finding: Finding) -> _Incident | None:
+        for incident in self._incidents:
+            alert = incident.alert
+            alike = alert.rule == finding.rule and bool(alert.layers) == bool(finding.layers)
+            if alert.state == "open" and alike and overlap(alert.layers, finding.layers):
+                return incident
+        return None
+
+    def _open(self, finding: Finding, persistence: int, history: History) -> _Incident:
+        cause, remedy = explain(finding, history)
+        now = max(0, history.recorded - 1)
+        alert = Alert(
+            rule=finding.rule,
+            severity=finding.severity,
+            step=finding.step,
+            layers=finding.layers,
+            parameters=finding.parameters,
+            message=finding.message,
+            evidence=finding.evidence,
+            cause=cause,
+            remedy=remedy,
+            origin=None,
+            last_step=max(now, finding.step),
+            count=1,
+            state="open",
+        )
+        return _Incident(alert, max(1, persistence), history.recorded)
+
+    def _extend(self, incident: _Incident, finding: Finding, history: History) -> bool:
+        """Take further evidence; True if the alert is to be sent again."""
+        alert = incident.alert
+        count = alert.count + (1 if history.recorded > incident.record else 0)
+        incident.record = history.recorded
+        last = max(alert.last_step, history.recorded - 1)
+        if finding.rule != alert.rule:
+            incident.alert = replace(alert, count=count, last_step=last)
+            return False
+        rises = finding.severity > alert.severity
+        changes: dict[str, Any] = {"count": count, "last_step": last, "severity": max(alert.severity, finding.severity)}
+        # Once a bad value is in the weights it is everywhere: where it was first is what there is to say.
+        if finding.rule not in _POISON:
+            changes |= {"step": min(alert.step, finding.step), "message": finding.message, "evidence": finding.evidence}
+            if finding.parameters != alert.parameters or finding.layers != alert.layers:
+                changes |= self._union(alert, finding, history)
+        if rises:
+            changes["cause"], changes["remedy"] = explain(finding, history)
+        incident.alert = replace(alert, **changes)
+        return rises
+
+    def _union(self, alert: Alert, finding: Finding, history: History) -> dict[str, Any]:
+        parameters = tuple(dict.fromkeys(finding.parameters + alert.parameters))
+        if parameters == alert.parameters and set(finding.layers) <= set(alert.layers):
+            return {}
+        if finding.parameters and alert.parameters:
+            layers = self._layers_of(history, parameters)
+        else:
+            layers = tuple(dict.fromkeys(finding.layers + alert.layers))
+        return {"parameters": parameters, "layers": layers}
+
+    def _end(self, history: History) -> list[Alert]:
+        ended = []
+        for incident in self._incidents:
+            if incident.alert.state == "open" and history.recorded - incident.record >= 2 * incident.persistence:
+                incident.alert = replace(incident.alert, state="ended")
+                ended.append(incident.alert)
+        return ended
+
+
+__all__ = ["CAUSES", "PERSISTENCE", "Incidents"]

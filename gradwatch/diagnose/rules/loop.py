@@ -1,0 +1,263 @@
+"""Faults of the training loop: gradients kept, steps never made, parameters that the loop forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+STALE_STEPS = 5
+"""Steps out of the last 10 with an old gradient in them. By the definition of the flag one is a fault already; five leave room for
+a loop that skips a `zero_grad` now and then, and still speak at update 6."""
+
+ENDLESS = 64
+"""Backward passes in an open record after which the loop will not step: four times a long accumulation in common recipes (16)."""
+
+NO_STEPS = 10
+"""Records in a row that nothing stepped, or backward passes that nobody used: the earliest update at which persistence speaks."""
+
+MISSED_STEPS = 12
+"""Steps of its owner that never had a gradient for it, before a parameter is missing: 3 before the time to a verdict is over."""
+
+MISSED_LATER = 9
+"""The same for a parameter that every earlier record reached: a verdict has to come within 10 updates."""
+
+MISSED_UNCALLED = 30
+"""The same for a module known never to have been called, or one of a list of equals: an expert of 8 that the router picks for a
+batch with probability 1/4 is idle for 30 updates once in 5,000 runs."""
+
+ORPHANED = 10
+"""Records in a row in which others stepped but not this one's owner. It has none, but it may be about to get one."""
+
+
+@persistent(STALE_STEPS)
+def gradients_not_zeroed(history: History) -> Iterator[Finding]:
+    """When an owner steps, the gradient it uses still contains one it used at its previous step.
+
+    A parameter is sick when the flag `GradState.STALE` stood in at least `STALE_STEPS` of its owner's last 10 steps. Accumulation,
+    several backward passes in a record and another model's loss adding to it do not raise the flag.
+    """
+    b = history.baselines
+    recent = b.stale & np.uint16(1023)
+    if not recent.any():
+        return
+    count = _ONES[recent]
+    sick = (count >= STALE_STEPS) & history.meta.trainable
+    if not sick.any():
+        return
+    worst = int(count[sick].max())
+    steps = b.stepped[sick]
+    # The first step cannot contain an older gradient, so a loop that never clears has one stale step less than steps.
+    from_start = bool((count[sick] >= np.minimum(steps, 11) - 1).any()) and int(steps.min()) <= 16
+    step = 0 if from_start else max(0, history.recorded - 10 + _first_one(int(recent[sick].max())))
+    of = min(10, int(steps.max()))
+    yield Finding(
+        "gradients_not_zeroed",
+        Severity.ERROR,
+        step,
+        parameters=_named(history, sick),
+        message=f"{worst} of the last {of} steps used gradients that still held an earlier step's",
+        evidence={"stale_steps": worst, "steps": of, "parameters": int(sick.sum())},
+    )
+
+
+@persistent(NO_STEPS)
+def never_stepped(history: History) -> Iterator[Finding]:
+    """Backward passes are cleared or piled up, no optimizer has ever stepped, and the weights stay as they are.
+
+    Yields when no watched weight has ever moved and `NO_STEPS` records in a row were cleared without a step, or `ENDLESS` backward
+    passes (`NO_STEPS` when the run ends) lie in the open record, or `NO_STEPS` were dropped because only optimizers that own
+    nothing of this model stepped. A pause of a loop that has stepped before is none of its business.
+    """
+    b, pending = history.baselines, history.pending
+    if pending.ever_stepped or bool((b.stepped > 0).any()):
+        return
+    piled = pending.backward_calls
+    if b.idle >= NO_STEPS and b.idle == history.recorded:
+        calls, what = b.idle, "backward passes were cleared and no optimizer stepped"
+    elif pending.unowned >= NO_STEPS and pending.foreign_steps > 0:
+        calls, what = pending.unowned, "backward passes, but the optimizers that step own none of these weights"
+    elif history.recorded == b.idle and (piled >= ENDLESS or (history.ended and piled + b.idle >= NO_STEPS)):
+        calls, what = piled + b.idle, "backward passes and not one optimizer step"
+    else:
+        return
+    yield Finding(
+        "never_stepped",
+        Severity.WARNING,
+        0,
+        message=f"{calls} {what}",
+        evidence={"backward_calls": calls, "foreign_steps": pending.foreign_steps, "steps": 0},
+    )
+
+
+@persistent(MISSED_LATER)
+def missing_gradient(history: History) -> Iterator[Finding]:
+    """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
+
+    The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
+    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was. A parameter whose module (or
+    the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are
+    ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
+    """
+    b, meta = history.baselines, history.meta
+    window = np.where(b.reached == 0, MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
+    idle = (b.missed >= window) & meta.trainable & meta.owned
+    if not idle.any():
+        return
+    whole, calls = _idle_modules(history, idle), None
+    alarms, notes = np.zeros_like(idle), np.zeros_like(idle)
+    for i in np.flatnonzero(idle):
+        fact = meta.parameters[i]
+        if not whole[i]:
+            notes[i] = True
+            continue
+        equals = _equals(history, fact.layer)
+        if calls is None:
+            calls = history.recent("calls", MISSED_UNCALLED)
+        at = meta.layer_index[i]
+        uncalled = at >= 0 and bool(np.nanmax(calls[:, at], initial=-1.0) == 0.0)
+        if _is_expert(history, fact.layer, equals):
+            notes[i] = True
+        elif (
+            b.missed[i] >= MISSED_UNCALLED
+            or (history.ended and b.reached[i] == 0)
+            or not (uncalled or (equals and b.reached[i] == 0))
+        ):
+            alarms[i] = True
+    for mask, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):
+        if mask.any():
+            missed = int(b.missed[mask].min())
+            step = int(b.last_reached[mask].min()) + 1
+            ever = "at all" if step == 0 else "any more"
+            yield Finding(
+                "missing_gradient",
+                severity,
+                step,
+                parameters=_named(history, mask),
+                message=f"no gradient {ever} in {missed} steps for {_count(int(mask.sum()), 'parameter')}",
+                evidence={"missed_steps": missed, "parameters": int(mask.sum())},
+            )
+
+
+@persistent(ORPHANED)
+def not_in_optimizer(history: History) -> Iterator[Finding]:
+    """Receives gradients, but no optimizer that steps owns it.
+
+    A parameter is sick when `ORPHANED` records in a row reached it while an optimizer stepped, and no optimizer is known to own it.
+    Trainable leaves of the graph that are no registered parameter are judged after as many records: those found in the attributes
+    of a watched module (a layer in a plain list) are an ERROR; others are INFO, for a perceptual network or a teacher of the loss
+    has such leaves in health. Loops without any optimizer are ignored, and frozen parameters.
+    """
+    b, meta = history.baselines, history.meta
+    orphans = (b.orphan >= ORPHANED) & ~meta.owned & meta.trainable
+    if orphans.any():
+        since = np.where(b.orphan >= b.reached, 0, b.last_reached - b.orphan + 1)[orphans]
+        records = int(b.orphan[orphans].max())
+        yield Finding(
+            "not_in_optimizer",
+            Severity.ERROR,
+            max(0, int(since.min())),
+            parameters=_named(history, orphans),
+            message=f"{_count(int(orphans.sum()), 'parameter')} got gradients in {records} updates and no optimizer steps them",
+            evidence={"updates": records, "parameters": int(orphans.sum())},
+        )
+    if (meta.outside or meta.outside_in_model) and b.records >= ORPHANED and bool((b.stepped >= ORPHANED).any()):
+        inside = len(meta.outside_in_model)
+        shapes = _shapes(meta.outside)
+        if inside:
+            paths = ", ".join(meta.outside_in_model[:2]) + (", …" if inside > 2 else "")
+            yield Finding(
+                "not_in_optimizer",
+                Severity.ERROR,
+                0,
+                message=f"{_count(inside, 'trained tensor')} {shapes} not registered in the model ({paths})",
+                evidence={"leaves": inside},
+            )
+        else:
+            yield Finding(
+                "not_in_optimizer",
+                Severity.INFO,
+                0,
+                message=f"{_count(len(meta.outside), 'trainable tensor')} {shapes} outside the model in no optimizer",
+                evidence={"leaves": len(meta.outside)},
+            )
+
+
+_ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])
+
+
+def _first_one(bits: int) -> int:
+    return 10 - bits.bit_length()
+
+
+def _named(history: History, mask: NDArray[np.bool_]) -> tuple[str, ...]:
+    return tuple(history.parameters[i] for i in np.flatnonzero(mask))
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    shown = sorted(set(shapes), key=prod, reverse=True)[:3]
+    text = ", ".join("×".join(map(str, shape)) or "scalar" for shape in shown)
+    return f"({text}{', …' if len(set(shapes)) > 3 else ''})"
+
+
+def _idle_modules(history: History, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[P]`: every trainable parameter of its module, and of the modules below that, is idle."""
+    meta = history.meta
+    busy_below: set[str] = set()
+    for i in np.flatnonzero(meta.trainable & ~idle):
+        name = meta.parameters[i].layer
+        while name not in busy_below:
+            busy_below.add(name)
+            if not name:
+                break
+            name = name.rpartition(".")[0]
+    return np.array([fact.layer not in busy_below for fact in meta.parameters], bool)
+
+
+def _equals(history: History, layer: str) -> tuple[int, ...]:
+    """Columns of the parameters of the members, other than `layer`'s and of the same shapes, of the innermost list it is in."""
+    meta = history.meta
+    types = {fact.name: fact.type for fact in meta.layers}
+    member = layer
+    while member:
+        parent = member.rpartition(".")[0]
+        if types.get(parent) in ("ModuleList", "ModuleDict"):
+            break
+        member = parent
+    else:
+        return ()
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    columns: dict[str, list[int]] = {}
+    for i, fact in enumerate(meta.parameters):
+        if fact.layer.startswith(parent + "."):
+            key = fact.layer[len(parent) + 1 :].split(".")[0]
+            shapes.setdefault(key, []).append(fact.shape)
+            columns.setdefault(key, []).append(i)
+    own = member[len(parent) + 1 :]
+    return tuple(i for key, of in columns.items() if key != own and shapes[key] == shapes.get(own) for i in of)
+
+
+def _is_expert(history: History, layer: str, equals: tuple[int, ...]) -> bool:
+    """One of a list of equals some of which miss a step now and then, or whose name says so."""
+    b, meta = history.baselines, history.meta
+    if not equals or not (b.reached[list(equals)] > 0).any():
+        return False
+    types = {fact.name: fact.type for fact in meta.layers}
+    name, words = layer, []
+    while name:
+        words += [name.rpartition(".")[2].lower(), types.get(name, "").lower()]
+        name = name.rpartition(".")[0]
+    if any("expert" in word or "moe" in word for word in words):
+        return True
+    others = b.reached[list(equals)]
+    return bool(((others > 0) & (others < b.records - b.skips)).any())

@@ -1,0 +1,122 @@
+"""NaN and Inf, under their true names: in a weight, in the loss, in a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, GradState, Severity, SkipReason
+
+UNSEEN_LOSSES = 3
+"""Finite losses seen, or NaN ones in a row, before a NaN in the loss is one: NaN also stands for a loss that was not seen."""
+
+
+@persistent(5)
+def non_finite_weight(history: History) -> Iterator[Finding]:
+    """A weight holds a NaN or an Inf before the step.
+
+    `weight_norm` is Inf, or it is NaN for a parameter that the record reached while it is a number for another one: NaN alone says
+    that nothing was observed. Judged on full-statistics updates, and where all weights go bad at once the gradient says so.
+    """
+    weights = _last(history, "weight_norm")
+    if weights is None:
+        return
+    fine = np.isfinite(weights)
+    if fine.all() or not (fine.any() or np.isinf(weights).any()):
+        return
+    reached = (history.recent("grad_state", 1)[0] & np.uint8(GradState.REACHED)) != 0
+    bad = np.isinf(weights) | (np.isnan(weights) & reached)
+    if not bad.any():
+        return
+    count = int(bad.sum())
+    yield Finding(
+        "non_finite_weight",
+        Severity.ERROR,
+        history.recorded - 1,
+        parameters=_by_order(history, bad),
+        message=f"{count} of {int(reached.sum())} weights hold NaN or Inf before the step",
+        evidence={"parameters": count, "reached": int(reached.sum())},
+    )
+
+
+@persistent(5)
+def non_finite_loss(history: History) -> Iterator[Finding]:
+    """The loss is NaN or Inf.
+
+    Inf at once; NaN if the record's gradients are not finite either and losses were seen before (or all of them are bad), or if it
+    is the third in a row after finite ones, for NaN also stands for a loss that was not seen. A record that a GradScaler skipped
+    counts from the third in a row.
+    """
+    losses = history.recent("loss", UNSEEN_LOSSES).astype(np.float64)
+    if not losses.size or np.isfinite(losses[-1]) or not history.recent("backward_calls", 1)[0] >= 1:
+        return
+    b = history.baselines
+    lasting = len(losses) == UNSEEN_LOSSES and not np.isfinite(losses).any()
+    bad = _bad_gradients(history)
+    scaled = history.recent("skip_reason", 1)[0] == SkipReason.SCALER
+    if scaled:
+        hit = lasting and b.finite_losses + int(np.isinf(losses).any()) > 0
+    elif np.isinf(losses[-1]):
+        hit = True
+    else:
+        reached = (history.recent("grad_state", 1)[0] & np.uint8(GradState.REACHED)) != 0
+        everywhere = bool(bad.any()) and not (reached & ~bad & np.isfinite(history.recent("grad_norm", 1)[0])).any()
+        seen = b.finite_losses > 0
+        hit = (bool(bad.any()) and (seen or everywhere)) or (lasting and b.finite_losses >= UNSEEN_LOSSES)
+    if not hit:
+        return
+    value = "Inf" if np.isinf(losses[-1]) else "NaN"
+    before = [x for x in b.losses if np.isfinite(x)]
+    yield Finding(
+        "non_finite_loss",
+        Severity.ERROR,
+        history.recorded - 1,
+        message=f"the loss is {value}" + (f", after {before[-1]:.4g}" if before else " from the first update"),
+        evidence={"last_finite_loss": before[-1]} if before else {},
+    )
+
+
+@persistent(5)
+def non_finite_gradient(history: History) -> Iterator[Finding]:
+    """A gradient holds a NaN or an Inf in a record that no GradScaler skipped.
+
+    Parameters are named from the loss towards the input, the way a bad value travels. A finite gradient whose norm overflows is no
+    case of it (`grad_nonfinite` is 0), and a scaler that searches its scale skips such records.
+    """
+    if not history.recorded or history.recent("skip_reason", 1)[0] == SkipReason.SCALER:
+        return
+    bad = _bad_gradients(history)
+    if not bad.any():
+        return
+    counts = history.recent("grad_nonfinite", 1)[0]
+    elements, count = float(np.nansum(counts[bad])), int(bad.sum())
+    yield Finding(
+        "non_finite_gradient",
+        Severity.ERROR,
+        history.recorded - 1,
+        parameters=_by_order(history, bad),
+        message=f"{elements:.0f} gradient elements are NaN or Inf, in {count} of {int(np.isfinite(counts).sum())} parameters",
+        evidence={"elements": elements, "parameters": count},
+    )
+
+
+def _last(history: History, name: str) -> NDArray[np.float32] | None:
+    values: NDArray[np.float32] = history.recent(name, 1)
+    return values[0] if len(values) else None
+
+
+def _bad_gradients(history: History) -> NDArray[np.bool_]:
+    with np.errstate(invalid="ignore"):
+        bad: NDArray[np.bool_] = history.recent("grad_nonfinite", 1)[0] > 0
+    return bad
+
+
+def _by_order(history: History, mask: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Names, those executed last first."""
+    columns = np.flatnonzero(mask)
+    order = np.nan_to_num(history.meta.order[columns], nan=-1.0)
+    return tuple(history.parameters[i] for i in columns[np.argsort(-order, kind="stable")])

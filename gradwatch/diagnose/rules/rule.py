@@ -1,0 +1,55 @@
+"""What a rule is: a function of the history, told apart from other functions by nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+from gradwatch.history import History
+from gradwatch.records import Finding
+
+PERSISTENCE = 10
+"""Records a finding has to last, where a rule does not say otherwise: people's first runs have 20 to 50 updates."""
+
+
+class Rule(Protocol):
+    """Reads the history after each record and yields what it finds wrong; a finding is yielded as long as it holds.
+
+    A rule keeps nothing between calls, so that a replay says what was said live. It may carry an attribute `persistence: int`, in
+    records (see `persistent`): an incident ends when its rule has been silent for twice as long.
+
+    Example:
+        >>> def loss_above_ten(history):
+        ...     loss = history.recent("loss", 1)
+        ...     if loss.size and loss[0] > 10:
+        ...         yield Finding("loss_above_ten", Severity.WARNING, int(history.steps[-1]), message=f"the loss is {loss[0]:.3g}")
+    """
+
+    def __call__(self, history: History, /) -> Iterable[Finding]: ...
+
+
+R = TypeVar("R", bound=Callable[[History], Iterable[Finding]])
+
+
+def persistent(records: int) -> Callable[[R], R]:
+    """Set the `persistence` of a rule.
+
+    Args:
+        records: records that a finding lasts before it is told, at least 1.
+    """
+
+    def mark(rule: R) -> R:
+        rule.persistence = records  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
+def persistence_of(rule: Rule) -> int:
+    """The `persistence` of a rule, `PERSISTENCE` where it has none."""
+    return int(getattr(rule, "persistence", PERSISTENCE))
+
+
+def name_of(rule: Rule) -> str:
+    """What to call a rule when speaking of itself."""
+    return str(getattr(rule, "__name__", None) or type(rule).__name__)
