@@ -146,6 +146,10 @@ class Reference:
         update.roots += [float(root.detach()) for root in roots]
         self.read(reached)
 
+    def count_backward(self) -> None:
+        """A backward whose gradients and loss are not recorded: a later evaluation inside one step (LBFGS)."""
+        self._update().calls += 1
+
     def read(self, reached: Iterable[str] | None = None) -> None:
         """Read the gradients as they are now, without a backward."""
         update = self._update()
