@@ -26,7 +26,7 @@ def test_accumulation_with_a_short_last_group_and_no_clearing(fault: bool) -> No
     agree(watch, reference, records=30)
     assert watch.history.stat("backward_calls").tolist() == [4, 4, 4, 4, 4, 2] * 5
     if fault:
-        said(watch, "gradients_not_zeroed", step=range(2), layers=("0", "2", "4"))
+        said(watch, "gradients_not_zeroed", step=range(2), layers=("",))
     else:
         assert all(a.severity < 30 for a in watch.alerts)
         loss = reference.stat("loss")
@@ -87,7 +87,7 @@ def test_one_loss_backwarded_twice_through_a_retained_graph(fault: bool) -> None
             step(reference, optimizer)
     agree(watch, reference, records=30)
     if fault:
-        said(watch, "gradients_not_zeroed", step=range(2), layers=("0", "2", "4"))
+        said(watch, "gradients_not_zeroed", step=range(2), layers=("",))
     else:
         healthy(watch, reference)
 

@@ -115,7 +115,8 @@ def test_gradients_set_by_hand(told: bool, fault: bool) -> None:
     if fault:
         said(watch, "non_finite_gradient", step=16, layers=("2",))
     else:
-        healthy(watch, reference, learns=told)
+        # No backward is seen: the watch may say, once, that it reads such gradients in the step.
+        healthy(watch, reference, learns=told, notices=1)
 
 
 def test_a_loss_told_to_the_watch_replaces_the_seen_one_by_the_mean_of_the_told() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradwatch import GradWatch, Sampling
+from gradwatch import GradWatch
+from gradwatch.records import Sampling
 from tests.loops.harness import HEALTHY_AND_FAULTY, NAN, agree, backward, batches, healthy, mlp, mse, said, step
 from tests.reference import CHANGED, CLEARED, NO_STEP, REACHED, STALE, STEPPED, Reference
 
@@ -87,7 +88,7 @@ def test_gradients_cleared_in_any_place_and_never(place: str, fault: bool) -> No
     agree(watch, reference, records=30)
     assert ((watch.history.stat("grad_state") & STALE) != 0)[1:].all() == fault
     if fault:
-        said(watch, "gradients_not_zeroed", step=range(2), layers=("0", "2", "4"))
+        said(watch, "gradients_not_zeroed", step=range(2), layers=("",))
     else:
         healthy(watch, reference)
 
