@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Final, NoReturn, cast
+from typing import IO, Any, Final, NoReturn, TypeAlias, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,6 +18,8 @@ from gradwatch.records import Alert, Severity
 
 _STYLES: Final = {words.ERROR: "bold red", words.WARNING: "bold yellow", words.GOOD: "bold green"}
 _INDENT: Final = "  "
+_Line: TypeAlias = tuple[Text, ...]
+"""What stands in one row if the terminal is wide enough; each part begins with the indent."""
 _REPEATS: Final = 4
 """Incidents of one rule that are told one by one; after that the 8th, 16th, 32nd. A rule that fires for ever must not bury the
 output of the training: a peer printed 2,383 alerts for one fault (measured)."""
@@ -61,34 +63,35 @@ class ConsoleSink:
     def print_lines(self, lines: Sequence[str]) -> None:
         """Print finished sentences, as those of the verdict, wrapped like an alert; a mark that begins one gets its colour."""
         if lines and _first_rank():
-            self._print([_sentence(line) for line in lines])
+            self._print([(_sentence(line),) for line in lines])
 
     # -- what is new ---------------------------------------------------------------------------------------------------------------
 
-    def _news(self, alert: Alert) -> list[Text]:
+    def _news(self, alert: Alert) -> list[_Line]:
         known = _same(self._going_on, alert)
         if known is None:
             return self._opening(alert)
         before, told = self._going_on[known]
         if alert.state == "ended":
             del self._going_on[known]
-            return [_ending(alert)] if told and alert.rule not in _MOMENTS else []
+            return [(_ending(alert),)] if told and alert.rule not in _MOMENTS else []
         risen = alert.severity > before.severity
         self._going_on[known] = (alert, told or risen)
         if risen:
-            return [_rise(before, alert)]
+            return [(_rise(before, alert),)]
         if told and words.why(alert) and not words.why(before):
-            return [_cause_found(alert)]
+            return [(_cause_found(alert),)]
         return []
 
-    def _opening(self, alert: Alert) -> list[Text]:
+    def _opening(self, alert: Alert) -> list[_Line]:
         times = self._opened[alert.rule] = self._opened.get(alert.rule, 0) + 1
         told = times <= _REPEATS or times & (times - 1) == 0
         if alert.state == "open":
             self._going_on.append((alert, told))
         if not told:
             return []
-        lines = [_headline(alert)]
+        headline = _headline(alert)
+        lines: list[_Line] = [(headline,)]
         explanation = (alert.rule, words.why(alert), words.remedy(alert))
         asides = []
         if explanation in self._explained:
@@ -99,12 +102,12 @@ class ConsoleSink:
         if times > _REPEATS:
             asides.append(f"{words.ordinal(times)} time, the others are in watch.alerts")
         if asides:
-            lines[0].append(f" ({'; '.join(asides)})")
+            headline.append(f" ({'; '.join(asides)})")
         return lines
 
     # -- how it gets on the screen -------------------------------------------------------------------------------------------------
 
-    def _print(self, lines: Sequence[Text]) -> None:
+    def _print(self, lines: Sequence[_Line]) -> None:
         console = self._console
         if console is not None:
             width = console.width
@@ -113,7 +116,7 @@ class ConsoleSink:
             width = console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else 0
         else:
             return
-        finished = [row for line in lines for row in _wrapped(_fitted(line, console.encoding), width)]
+        finished = [row for line in lines for row in _finished(line, console.encoding, width)]
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stdout.flush()  # so that what the user printed earlier stands above, also in a log that takes both streams
         with _bars_aside(sys.stderr if self._console is None else console.file), _broken_pipe_raises(console):
@@ -134,12 +137,9 @@ def _headline(alert: Alert) -> Text:
     return line.append(f": {detail}" if detail else "")
 
 
-def _explanation(alert: Alert) -> Text:
-    line = Text(_INDENT)
-    for label, sentence in (("Why:", words.why(alert)), ("Try:", words.remedy(alert))):
-        if sentence:
-            line.append(" " if line.plain != _INDENT else "").append(label, "bold").append(f" {sentence}")
-    return line
+def _explanation(alert: Alert) -> _Line:
+    said = (("Why:", words.why(alert)), ("Try:", words.remedy(alert)))
+    return tuple(Text(_INDENT).append(label, "bold").append(f" {sentence}") for label, sentence in said if sentence)
 
 
 def _rise(before: Alert, alert: Alert) -> Text:
@@ -190,11 +190,24 @@ def _fitted(line: Text, encoding: str) -> Text:
     return fitted.append(words.fit(line.plain[at:], encoding))
 
 
+def _finished(line: _Line, encoding: str, width: int) -> Iterator[Text]:
+    """The parts in one row if there is room, else each in rows of its own."""
+    parts = [_fitted(part, encoding) for part in line]
+    row = parts[0].copy()
+    for part in parts[1:]:
+        row.append_text(part[len(_INDENT) - 1 :])
+    if not width or row.cell_len <= width:
+        yield row
+    else:
+        for part in parts:
+            yield from _wrapped(part, width)
+
+
 def _wrapped(line: Text, width: int) -> Iterator[Text]:
-    """The line, broken between words at `width` cells (0: not at all), continuations indented. A longer word stays whole."""
+    """The line, broken between words at `width` cells, continuations indented. A longer word stays whole."""
     breaks, used = [], 0
     for word in re.finditer(r"\S+\s*|^\s+", line.plain):
-        if width and used > len(_INDENT) and used + cell_len(word[0].rstrip()) > width:
+        if used > len(_INDENT) and used + cell_len(word[0].rstrip()) > width:
             breaks.append(word.start())
             used = len(_INDENT)
         used += cell_len(word[0])

@@ -195,6 +195,7 @@ def table(history: History, alerts: Sequence[Alert], *, ascii_only: bool = False
         alerts: `watch.alerts`.
         ascii_only: draw with ASCII alone; `options.ascii_only` of `__rich_console__` tells.
     """
+    encoding = "ascii" if ascii_only else "utf-8"
     rows, left_out = _rows(history, alerts, ascii_only)
     grid = Table(
         box=None if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
@@ -209,7 +210,7 @@ def table(history: History, alerts: Sequence[Alert], *, ascii_only: bool = False
             style="cyan" if i == 0 else "",
         )
     for row in rows:
-        cells = [Text(words.fit(cell, "ascii") if ascii_only else cell) for cell in row]
+        cells = [Text(words.fit(cell, encoding)) for cell in row]
         cells[-1].stylize("green" if row[-1] == "ok" else "dim" if row[-1] == "frozen" else "bold red")
         grid.add_row(*cells)
     below = [alert for alert in alerts if alert.severity >= Severity.WARNING and (alert.state == "ended" or not alert.layers)]
@@ -219,7 +220,7 @@ def table(history: History, alerts: Sequence[Alert], *, ascii_only: bool = False
     head_line = f"gradwatch: {words.plural(history.recorded, 'update')}, {words.plural(len(alerts), 'alert')}"
     apart = _spread(spread(history))
     texts = [_joined([head_line, apart]), *notes]
-    first, *rest = [Text(words.fit(text, "ascii") if ascii_only else text) for text in texts]
+    first, *rest = [Text(words.fit(text, encoding)) for text in texts]
     return Group(first, grid, *rest)
 
 
@@ -334,7 +335,8 @@ def fall(history: History, *, last: int = RECENT, width: int = 78, ascii_only: b
         path = [path[round(k * (len(path) - 1) / (_ROWS - 1))] for k in range(_ROWS)]
     high = math.log10(max(norms[i] for i in drawn))
     low = min(math.floor(math.log10(min(norms[i] for i in drawn))), high - _FALL_DECADES)
-    names = [layers.names[i] or "(model)" for i in path]
+    encoding = "ascii" if ascii_only else "utf-8"
+    names = [words.fit(layers.names[i] or "(model)", encoding) for i in path]
     column = max(map(len, names))
     room = max(16, width - column - 8 - 12)
     mean = f"median of {words.plural(min(last, len(history)), 'update')}"
@@ -357,7 +359,7 @@ def fall(history: History, *, last: int = RECENT, width: int = 78, ascii_only: b
             else f"{'falls' if ratio > 1 else 'grows'} {words.times(total)}, {words.times(each)} a layer,"
         )
         said += f" from {layers.names[drawn[0]] or '(model)'} to {layers.names[drawn[-1]] or '(model)'}"
-        picture.append(f"\n{said if not ascii_only else words.fit(said, 'ascii')}")
+        picture.append("\n" + words.fit(said, encoding))
     return picture
 
 
