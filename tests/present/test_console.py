@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -348,6 +349,7 @@ def test_a_training_goes_on_when_the_reader_of_stderr_has_gone() -> None:
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "80"},
+        cwd=Path(__file__).parents[2],
     )
     assert run.stdout.split("\n")[:2] == ["BrokenPipeError", "trained on"]
     assert run.returncode == 0

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,7 @@ def output_of(script: str, *, columns: int = 80, **environment: str) -> bytes:
         stdin=follower,
         stdout=follower,
         stderr=follower,
+        cwd=Path(__file__).parents[2],
         env={**kept, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **environment},
     )
     os.close(follower)
@@ -89,7 +91,7 @@ def test_a_line_that_was_begun_is_left_whole_at_any_length(begun: str) -> None:
 
 
 def test_a_progress_line_that_is_overwritten_leaves_no_remains() -> None:
-    written = "step 1 " + "loss 0.123 " * 6
+    written = "step 1 " + "loss 0.12 " * 7  # longer than the row of the alert that comes upon it
     assert screen_of(f'print({written!r}, end="\\r"); sink(alert()); print("step 2", end="\\r")') == [*ALERT, "step 2"]
 
 

@@ -1,0 +1,324 @@
+"""The verdict, the summary, the table of layers and the picture of the fall, over histories made by hand."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gradwatch.history import History, Meta
+from gradwatch.present.layers import Layers, latest, median, spread
+from gradwatch.present.report import fall, sparkline, summary, table, verdict
+from gradwatch.records import Severity, SkipReason
+from tests.present.runs import alert, chain, history_of
+
+NAN = math.nan
+ROOT = Path(__file__).parents[2]
+
+
+def drawn(history: History, *alerts: object, width: int = 120, ascii_only: bool = False) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width).print(table(history, alerts, ascii_only=ascii_only))  # type: ignore[arg-type]
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def row_of(lines: list[str], name: str) -> str:
+    (row,) = [line for line in lines if line.split(" ")[0] == name]
+    return row
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_gets_one_line_with_updates_layers_spread_and_cost() -> None:
+    history = history_of({"a": ("weight",), "b": ("weight",)}, np.tile([1.0, 7.3], (12, 1)))
+    assert verdict(history, [], cost_per_update=4e-4, share=0.006) == [
+        "✓ gradwatch: healthy after 12 updates; gradient norms within ×7.3 over 2 layers; cost 0.4 ms an update, 0.6 %"
+    ]
+
+
+def test_info_alone_is_healthy() -> None:
+    assert "healthy after" in verdict(chain(3), [alert(severity=Severity.INFO)])[0]
+
+
+def test_few_updates_are_not_called_healthy() -> None:
+    assert "too few to call it healthy" in verdict(chain(3, updates=9), [])[0]
+    assert "healthy after 10 updates" in verdict(chain(3, updates=10), [])[0]
+
+
+def test_findings_are_told_with_place_and_time_the_open_and_severe_ones_first() -> None:
+    alerts = [
+        alert("gradient_spike", step=3, last_step=3, state="ended", layers=("",)),
+        alert("vanishing_gradient", layers=("a", "b", "c", "d", "e")),
+        alert("exploding_gradient", severity=Severity.ERROR, step=7, last_step=19, layers=("out",)),
+    ]
+    first, second = verdict(chain(3), alerts)
+    assert first == (
+        "✗ gradwatch: 3 findings in 20 updates: exploding gradient in out since step 7; "
+        "vanishing gradient in a, b and 3 more since step 0; gradient spike in the model at step 3 (ended)"
+    )
+    assert second.startswith("  gradient norms within ")
+
+
+def test_a_run_whose_findings_are_over_says_so() -> None:
+    (first, _) = verdict(chain(3), [alert(severity=Severity.ERROR, state="ended")])
+    assert first.startswith("▲ gradwatch: 1 finding in 20 updates, over by now: ")
+
+
+def test_many_findings_do_not_make_a_long_verdict() -> None:
+    alerts = [alert("gradient_spike", step=step, last_step=step) for step in range(100)] + [alert(f"rule_{i}") for i in range(50)]
+    lines = verdict(chain(3), alerts)
+    assert len(lines) == 2
+    assert len(lines[0]) < 400
+    assert "gradient spike 100 times from step 0 on" in lines[0]
+    assert "48 others in watch.alerts" in lines[0]
+
+
+def test_skipped_and_unfinished_updates_and_notices_are_told() -> None:
+    skipped = [t < 3 for t in range(12)]
+    reasons = [SkipReason.SCALER if s else SkipReason.NONE for s in skipped]
+    history = history_of({"a": ("weight",)}, np.ones((12, 1)), skipped=skipped, skip_reason=reasons)
+    (line,) = verdict(history, [], unfinished=1, notices=2)
+    assert (
+        "; 3 updates skipped by the GradScaler; 1 update left unfinished (backward without a step); 2 notices in watch.notices"
+        in line
+    )
+    assert "cost" not in line
+
+
+def test_a_block_without_an_update_is_not_called_healthy() -> None:
+    (line,) = verdict(History(Meta()), [], unfinished=1)
+    assert "no update was seen" in line
+    assert "healthy" not in line
+
+
+# -- the spread --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_takes_layers_not_parameters_and_medians_not_the_last_record() -> None:
+    norms = np.tile([3.0, 4.0, 1.0], (9, 1))
+    norms[-1] = [1e6, 1e6, 1e-6]
+    apart = spread(history_of({"a": ("weight", "bias"), "b": ("weight",)}, norms))
+    assert apart is not None
+    assert apart.ratio == pytest.approx(5.0)
+    assert apart.layers == 2
+
+
+def test_the_spread_leaves_out_what_was_not_observed_and_counts_zeros_and_nans() -> None:
+    norms = np.tile([2.0, 1.0, 0.0, NAN, 50.0], (9, 1))
+    names = ("a", "b", "zero", "unseen", "bad")
+    history = history_of(dict.fromkeys(names, ("weight",)), norms, grad_nonfinite=np.tile([0, 0, 0, NAN, 7], (9, 1)))
+    apart = spread(history)
+    assert apart is not None
+    assert (apart.ratio, apart.layers, apart.zero, apart.non_finite) == (2.0, 2, 1, 1)
+    assert "gradient norms within ×2.0 over 2 layers, exactly zero in 1 layer, NaN or Inf in 1 layer" in verdict(history, [])[0]
+
+
+def test_the_spread_honours_the_scope() -> None:
+    history = history_of({"a": ("weight",), "b": ("weight",), "c": ("weight",)}, np.tile([1.0, 2.0, 1e9], (9, 1)), hidden=("c",))
+    apart = spread(history)
+    assert apart is not None
+    assert apart.ratio == 2.0
+
+
+def test_without_gradients_there_is_no_spread() -> None:
+    assert spread(history_of({"a": ("weight",)}, np.full((3, 1), NAN))) is None
+    assert spread(History(Meta())) is None
+
+
+def test_median_and_latest_agree_with_numpy_over_what_was_observed() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((9, 40))
+    values[rng.random(values.shape) < 0.4] = NAN
+    values[:, 7] = NAN
+    values[:, 8] = np.inf
+    for column, (middle, last) in enumerate(zip(median(values), latest(values), strict=True)):
+        seen = values[~np.isnan(values[:, column]), column]
+        assert middle == np.median(seen) if len(seen) else math.isnan(middle)
+        assert last == seen[-1] if len(seen) else math.isnan(last)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_for_each_layer_with_parameters_of_its_own() -> None:
+    history = history_of(
+        {"conv[q]": ("weight", "bias"), "head": ("weight",)},
+        np.tile([3.0, 4.0, 0.5], (12, 1)),
+        types={"conv[q]": "Conv2d"},
+        weight_norm=[[6.0, 8.0, 2.0]] + [[NAN] * 3] * 11,
+        update_ratio=[[0.01, 0.5, 0.002]] + [[NAN] * 3] * 11,
+    )
+    lines = drawn(history, alert("vanishing_gradient", layers=("head",)))
+    assert row_of(lines, "conv[q]").split() == ["conv[q]", "Conv2d", "5", "▅" * 10, "10", "0.01", "ok"]
+    assert row_of(lines, "head").split() == ["head", "Linear", "0.5", "▅" * 10, "2", "0.002", "vanishing_gradient"]
+
+
+def test_the_state_of_a_layer_comes_from_open_alarms_on_it_or_above_it() -> None:
+    layers = {"block.a": ("weight",), "block.b": ("weight",), "other": ("weight",), "cold": ("weight",), "lost": ("weight",)}
+    norms = np.tile([1.0, 1.0, 1.0, NAN, NAN], (12, 1))
+    history = history_of(layers, norms, frozen=("cold",))
+
+    def states(*alerts: object) -> list[str]:
+        return Layers.of(history).states(history, alerts)  # type: ignore[arg-type]
+
+    assert states() == ["ok", "ok", "ok", "frozen", "no gradient"]
+    assert states(alert("x", layers=("block",)))[:3] == ["x", "x", "ok"]
+    assert states(alert("x", layers=("block",), parameters=("block.b.weight",)))[:3] == ["ok", "x", "ok"]
+    assert states(alert("x", layers=("other",), state="ended"))[2] == "ok"
+    assert states(alert("x", layers=("other",), severity=Severity.INFO))[2] == "ok"
+    assert states(alert("x", layers=("",)))[:3] == ["x", "x", "x"]
+    assert states(alert("unnormalized_input", layers=("",)))[:3] == ["ok", "ok", "ok"]
+    assert states(alert("x", layers=("other",)), alert("y", layers=("other",), severity=Severity.ERROR))[2] == "y +1"
+
+
+def test_the_table_of_a_thousand_layers_is_a_screenful_and_shows_the_sick_ones() -> None:
+    layers = {f"layers.{i}": ("weight",) for i in range(1000)}
+    history = history_of(layers, np.ones((12, 1000)))
+    lines = drawn(history, alert(layers=("layers.500",)))
+    assert len(lines) < 20
+    assert row_of(lines, "layers.500").endswith("vanishing_gradient")
+    assert sum("more" in line for line in lines) == 2
+    everything = drawn(history, alert(layers=("",)))
+    assert len(everything) < 60
+    assert any("of them not ok" in line for line in everything)
+    assert len(summary(history, [alert(layers=("",))]).splitlines()) < 80
+
+
+def test_the_table_leaves_out_what_is_out_of_scope_and_says_so() -> None:
+    history = history_of({"a": ("weight",), "b": ("weight",)}, np.ones((12, 2)), hidden=("b",))
+    lines = drawn(history)
+    assert not any(line.startswith("b ") for line in lines)
+    assert lines[-1] == "1 layer left out by include and exclude"
+
+
+def test_alerts_without_a_layer_stand_below_the_table() -> None:
+    lines = drawn(chain(2), alert("never_stepped", layers=(), message="12 backward passes"))
+    assert lines[-1] == "▲ the optimizer never steps since step 0: 12 backward passes"
+
+
+def test_the_table_fits_80_columns_and_ascii() -> None:
+    history = chain(12, factor=5.0)
+    for ascii_only in (False, True):
+        lines = drawn(history, alert(layers=("layers.0",)), width=80, ascii_only=ascii_only)
+        assert row_of(lines, "layers.0").endswith("vanishing_gradient")
+        assert max(map(len, lines)) <= 80
+    assert "".join(lines).isascii()
+
+
+def test_a_history_without_a_record_has_a_table_too() -> None:
+    assert row_of(drawn(chain(2, updates=0)), "layers.0").split() == ["layers.0", "Linear", "-", "-", "-", "no", "gradient"]
+    assert drawn(History(Meta()))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        pytest.param([1.0, 1.1, 0.9, 1.0], "▅▅▄▅", id="noise stays level"),
+        pytest.param([1.0, 1e-1, 1e-2, 1e-3], "█▆▃▁", id="a collapse is seen"),
+        pytest.param([1.0, NAN, 1.0], "▅ ▅", id="not observed"),
+        pytest.param([1.0, np.inf, 1.0], "▅!▅", id="not finite"),
+        pytest.param([1.0, 0.0, 1.0], "▅▁▅", id="zero"),
+        pytest.param([], "", id="empty"),
+        pytest.param([NAN, NAN], "  ", id="never observed"),
+    ],
+)
+def test_a_sparkline(values: list[float], line: str) -> None:
+    assert sparkline(np.array(values, float)) == line
+
+
+def test_a_sparkline_is_bounded_and_ascii_has_heights_too() -> None:
+    values = np.logspace(0, -6, 512)
+    assert len(sparkline(values, width=12)) == 12
+    in_ascii = sparkline(values, width=12, ascii_only=True)
+    assert in_ascii.isascii()
+    assert [len(set(in_ascii)), in_ascii[0], in_ascii[-1]] == [5, '"', "_"]
+
+
+# -- the fall ----------------------------------------------------------------------------------------------------------------------
+
+
+def bars(picture: str, mark: str = "#") -> list[tuple[str, int]]:
+    return [(match[1], len(match[2])) for match in re.finditer(rf"(layers\.\d+)\s+({mark}+)", picture)]
+
+
+def test_the_fall_runs_from_the_loss_to_the_input_with_bars_by_powers_of_ten() -> None:
+    picture = fall(chain(8, factor=10.0), ascii_only=True).plain
+    lines = picture.splitlines()
+    assert lines[1].split()[:2] == ["loss", "layers.7"]
+    assert lines[8].split()[:2] == ["input", "layers.0"]
+    assert [name for name, _ in bars(picture)] == [f"layers.{i}" for i in range(7, -1, -1)]
+    lengths = [length for _, length in bars(picture)]
+    steps = -np.diff(lengths)
+    assert (steps > 0).all()
+    assert np.ptp(steps) <= 2, "a bar's length is its logarithm"
+    assert re.fullmatch(r"falls x1\.\de7|falls x9\.\de6", lines[-1].split(",")[0])
+    assert picture.isascii()
+    assert max(map(len, lines)) <= 78
+
+
+def test_the_fall_of_a_healthy_network_looks_level() -> None:
+    lengths = [length for _, length in bars(fall(chain(8), ascii_only=True).plain)]
+    assert min(lengths) > 0.9 * max(lengths)
+    assert "about level" in fall(chain(8)).plain
+
+
+def test_the_fall_follows_the_order_of_execution_not_of_registration() -> None:
+    history = history_of({"layers.0": ("weight",), "layers.1": ("weight",)}, np.ones((9, 2)), order={"layers.0": 1, "layers.1": 0})
+    assert [name for name, _ in bars(fall(history, ascii_only=True).plain)] == ["layers.0", "layers.1"]
+
+
+def test_the_fall_is_bounded_and_survives_zeros_nans_and_nothing() -> None:
+    big = fall(chain(500)).plain
+    assert len(big.splitlines()) < 50
+    assert "40 of 500 layers" in big
+    names = {f"layers.{i}": ("weight",) for i in range(4)}
+    history = history_of(names, np.tile([0.0, 1.0, NAN, 2.0], (9, 1)), grad_nonfinite=np.tile([0, 0, NAN, 3], (9, 1)))
+    picture = fall(history).plain
+    assert re.search(r"layers\.3 .*NaN/Inf", picture)
+    assert re.search(r"layers\.0 .* 0$", picture, re.MULTILINE)
+    assert "layers.2" not in picture
+    assert fall(History(Meta())).plain == "no gradient was observed"
+
+
+# -- the summary -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_tells_everything_in_ascii() -> None:
+    alerts = [
+        alert(layers=tuple(f"layers.{i}" for i in range(5))),
+        alert("missing_gradient", severity=Severity.INFO, message="×7 – слой"),
+    ]
+    text = summary(chain(6, factor=5.0), alerts, cost_per_update=4e-5, share=0.0001, notices=["attached after compiling"])
+    assert text.isascii()
+    assert "WARNING vanishing_gradient (open), seen in 11 updates from step 0 to 10" in text
+    assert "  where: layers.0, layers.1, layers.2, layers.3 and layers.4" in text
+    assert "  why:   each sigmoid passes on at most a quarter of the gradient." in text
+    assert "  try:   use ReLU or GELU in its place." in text
+    assert "INFO missing_gradient" in text
+    assert "loss 2.3 -> 2.2" in text
+    assert "cost 40 us an update, under 0.1 %" in text
+    assert "notice: attached after compiling" in text
+    assert len(re.findall(r"^layers\.\d ", text, re.MULTILINE)) == 6
+
+
+def test_reports_are_made_without_torch() -> None:
+    script = """
+import sys
+import numpy as np
+from gradwatch.present.console import ConsoleSink
+from gradwatch.present.report import fall, summary, table, verdict
+from tests.present.runs import alert, chain
+ConsoleSink()(alert())
+ConsoleSink().print_lines(verdict(chain(3), [alert()]))
+summary(chain(3), [alert()]), table(chain(3), [alert()]), fall(chain(3))
+assert "torch" not in sys.modules and "tqdm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=ROOT)
