@@ -91,8 +91,9 @@ def test_a_line_that_was_begun_is_left_whole_at_any_length(begun: str) -> None:
 
 
 def test_a_progress_line_that_is_overwritten_leaves_no_remains() -> None:
-    written = "step 1 " + "loss 0.12 " * 7  # longer than the row of the alert that comes upon it
-    assert screen_of(f'print({written!r}, end="\\r"); sink(alert()); print("step 2", end="\\r")') == [*ALERT, "step 2"]
+    written = "step 1 " + "loss 0.12 " * 7  # longer than the row that comes upon it
+    script = f'print({written!r}, end="\\r"); sink(alert(message="7", cause="", remedy="")); print("step 2", end="\\r")'
+    assert screen_of(script) == ["▲ gradwatch since step 0: vanishing gradient in layers.0: 7", "step 2"]
 
 
 def test_a_tqdm_bar_stays_one_line_below() -> None:
