@@ -1,0 +1,161 @@
+"""What does not change about a model, read once: the static facts that stand beside the history."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import activation as activations
+from torch.nn.modules import batchnorm, conv, dropout, instancenorm, rnn
+
+from gradwatch.capture.parameters import ParameterTable, as_real, materialised
+from gradwatch.history import LayerFact, Meta, ParameterFact
+
+_KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("attention", (nn.MultiheadAttention,)),
+    ("linear", (nn.Linear, nn.Bilinear, nn.LazyLinear)),
+    ("convolution", (conv._ConvNd,)),
+    (
+        "normalization",
+        (batchnorm._NormBase, instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm),
+    ),
+    ("recurrent", (rnn.RNNBase, rnn.RNNCellBase)),
+    ("embedding", (nn.Embedding, nn.EmbeddingBag)),
+    ("dropout", (dropout._DropoutNd,)),
+)
+
+_ACTIVATIONS = tuple(
+    thing
+    for name in activations.__all__
+    if isinstance(thing := getattr(activations, name), type) and thing is not nn.MultiheadAttention
+)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module is, for the words of a verdict."""
+    if isinstance(module, _ACTIVATIONS):
+        return "activation"
+    for kind, types in _KINDS:
+        if isinstance(module, types):
+            return kind
+    name = type(module).__name__
+    if name.endswith("Norm") or "RMSNorm" in name:
+        return "normalization"
+    if name.endswith("Activation"):  # transformers wraps torch's functions in classes of its own: GELUActivation, SiLUActivation
+        return "activation"
+    return "container" if module._modules else "other"
+
+
+def in_scope(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Whether a module's name passes `Sampling.include` and `exclude`."""
+    include, exclude = tuple(include), tuple(exclude)
+    if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+        return False
+    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
+
+class InitialFacts:
+    """How parameters were initialised; each is looked at once, when it is first seen."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[float, bool]] = {}
+
+    def of(self, slot: int, parameter: Tensor) -> tuple[float, bool]:
+        """Root mean square, and whether all rows are equal (never for vectors)."""
+        if not materialised(parameter):
+            return float("nan"), False
+        if slot not in self._known:
+            self._known[slot] = _initial(parameter)
+        return self._known[slot]
+
+
+def _initial(parameter: Tensor) -> tuple[float, bool]:
+    tensor = parameter.detach()
+    tensor = as_real(getattr(tensor, "_local_tensor", tensor))
+    if tensor.numel() == 0 or not tensor.dtype.is_floating_point or tensor.layout is not torch.strided:
+        return float("nan"), False
+    with torch.no_grad():
+        rms = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / tensor.numel() ** 0.5
+        equal = tensor.dim() > 1 and tensor.shape[0] > 1 and bool((tensor[1:] == tensor[:1]).all())
+    return rms, equal
+
+
+def describe(
+    table: ParameterTable,
+    initial: InitialFacts,
+    *,
+    owners: Mapping[int, str],
+    order: Mapping[int, int],
+    distance: Mapping[int, int],
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    outside: tuple[tuple[int, ...], ...] = (),
+    outside_in_model: tuple[str, ...] = (),
+    opaque: bool = False,
+    unreached: Iterable[int] = (),
+) -> Meta:
+    """The static facts of a run.
+
+    Args:
+        table: the parameters.
+        initial: how they were initialised.
+        owners: slot -> name of the optimizer that owns it.
+        order: slot -> sequence number in the graph; turned into ranks.
+        distance: slot -> nodes between the loss and it.
+        include: patterns of module names that are spoken of; empty: all.
+        exclude: patterns of module names that are not.
+        outside: shapes of the graph's leaves that no model and no optimizer holds.
+        outside_in_model: paths of those found in a module's attributes.
+        opaque: the graph hides something.
+        unreached: slots that no graph reaches.
+    """
+    ranks = {slot: rank for rank, slot in enumerate(sorted(order, key=lambda slot: order[slot]))}
+    parameters = []
+    layer_order: dict[str, int] = {}
+    for slot in table.column_slots:
+        p, layer = table.params[slot], table.layers[slot]
+        rms, equal = initial.of(slot, p)
+        if slot in ranks:
+            layer_order[layer] = min(ranks[slot], layer_order.get(layer, ranks[slot]))
+        parameters.append(
+            ParameterFact(
+                name=table.names[slot],
+                layer=layer,
+                shape=tuple(p.shape) if materialised(p) or p.device.type == "meta" else (),
+                dtype=str(p.dtype).removeprefix("torch."),
+                trainable=p.requires_grad,
+                owner=owners.get(slot),
+                init_rms=rms,
+                equal_rows=equal,
+                order=ranks.get(slot),
+                distance=distance.get(slot),
+                in_scope=in_scope(layer, include, exclude),
+            )
+        )
+    last = max(layer_order, key=lambda name: layer_order[name], default=None)
+    first = min(layer_order, key=lambda name: layer_order[name], default=None)
+    layers = []
+    for name, module in table.modules.items():
+        kind = kind_of(module)
+        role = "" if name not in layer_order else "head" if name == last else "input" if name == first else "hidden"
+        layers.append(
+            LayerFact(
+                name=name,
+                type=type(module).__name__,
+                kind=kind,
+                order=layer_order.get(name),
+                role=role,
+                activation=type(module).__name__ if kind == "activation" else None,
+                in_scope=in_scope(name, include, exclude),
+            )
+        )
+    return Meta(
+        parameters=tuple(parameters),
+        layers=tuple(layers),
+        outside=outside,
+        outside_in_model=outside_in_model,
+        opaque=opaque,
+        unreached=tuple(table.names[slot] for slot in unreached if table.columns[slot] >= 0),
+    )

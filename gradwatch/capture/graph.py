@@ -1,0 +1,119 @@
+"""The autograd graph of one backward, walked once: what it reaches, in which order it was executed, and what it cannot show."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradwatch.capture import private
+
+MAX_NODES = 100_000
+"""Nodes looked at in one walk: 1.8 us each (measured), so 0.2 s at most, once."""
+
+_OPAQUE = ("CheckpointFunctionBackward", "CompiledFunctionBackward", "CompiledFunction")
+
+
+@dataclass(slots=True)
+class GraphFacts:
+    """What a walk found.
+
+    Attributes:
+        order: slot -> smallest sequence number among the consumers of its AccumulateGrad node; ascending from the input.
+        distance: slot -> least number of edges between a root and it.
+        outside: trainable `nn.Parameter` leaves that are not watched.
+        opaque: a node that hides what is below it was met, or the walk was cut short.
+    """
+
+    order: dict[int, int] = field(default_factory=dict)
+    distance: dict[int, int] = field(default_factory=dict)
+    outside: list[Tensor] = field(default_factory=list)
+    opaque: bool = False
+
+
+def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODES) -> GraphFacts:
+    """Walk the graph below `roots`, breadth first.
+
+    Args:
+        roots: tensors (or gradient edges) of which the derivative is taken.
+        slot_of: `id(parameter)` -> slot.
+        limit: nodes after which the walk is cut short.
+    """
+    facts = GraphFacts()
+    seen: set[Any] = set()
+    queue: deque[tuple[Any, int]] = deque()
+    for root in roots:
+        node = root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue.append((node, 0))
+    while queue:
+        node, depth = queue.popleft()
+        if len(seen) > limit:
+            facts.opaque = True
+            break
+        name = type(node).__name__
+        # Custom functions carry `_forward_cls`; what they do inside is theirs, but their inputs stay visible as edges.
+        if name in _OPAQUE or (hasattr(node, "_forward_cls") and name.startswith(_OPAQUE)):
+            facts.opaque = True
+        number = -1
+        for below, _ in node.next_functions:
+            if below is None:
+                continue
+            leaf = getattr(below, "variable", None)
+            if leaf is not None:
+                if number < 0:
+                    number = private.sequence_number(node)
+                _leaf(facts, leaf, number, depth + 1, slot_of, below not in seen)
+                seen.add(below)
+            elif below not in seen:
+                seen.add(below)
+                queue.append((below, depth + 1))
+    return facts
+
+
+def _leaf(facts: GraphFacts, leaf: Tensor, number: int, depth: int, slot_of: Mapping[int, int], first: bool) -> None:
+    slot = slot_of.get(id(leaf))
+    if slot is None:
+        if first and isinstance(leaf, nn.Parameter):
+            facts.outside.append(leaf)
+        return
+    if first:
+        facts.distance[slot] = depth
+    if number >= 0:
+        facts.order[slot] = min(number, facts.order.get(slot, number))
+
+
+def find_unregistered(modules: Mapping[str, nn.Module], leaves: Iterable[Tensor], depth: int = 3) -> dict[int, str]:
+    """Where in the attributes of watched modules the unregistered `leaves` live: a layer in a plain list, a parameter in a dict.
+
+    Returns:
+        `id(leaf)` -> its path, for example "blocks.layers[0].weight"; leaves that are found nowhere are absent.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    found: dict[int, str] = {}
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers", "_modules") or attribute.endswith(("_hooks", "_hooks_with_kwargs")):
+                continue
+            _search(value, f"{name}.{attribute}" if name else attribute, depth, wanted, found)
+    return found
+
+
+def _search(value: Any, path: str, depth: int, wanted: set[int], found: dict[int, str]) -> None:
+    if isinstance(value, Tensor):
+        if id(value) in wanted:
+            found.setdefault(id(value), path)
+    elif isinstance(value, nn.Module):
+        for name, parameter in value.named_parameters():
+            if id(parameter) in wanted:
+                found.setdefault(id(parameter), f"{path}.{name}")
+    elif depth and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value[:1000]):
+            _search(item, f"{path}[{i}]", depth - 1, wanted, found)
+    elif depth and isinstance(value, dict):
+        for key, item in list(value.items())[:1000]:
+            _search(item, f"{path}[{key!r}]", depth - 1, wanted, found)

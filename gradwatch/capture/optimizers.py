@@ -1,0 +1,138 @@
+"""Which optimizer steps which parameter, and at what learning rate."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.capture.parameters import ParameterTable
+
+_Signature = tuple[tuple[int, int, int, int], ...]
+
+
+class _Known:
+    """One optimizer and what it owns of the watched parameters."""
+
+    def __init__(self, optimizer: Optimizer, name: str) -> None:
+        self.ref = weakref.ref(optimizer)
+        self.name = name
+        self.signature: _Signature | None = None
+        self.slots: list[int] = []
+        self.groups: list[list[int]] = []
+
+
+class Owners:
+    """The optimizers that own a watched parameter, by a small number that serves as their key.
+
+    Attributes:
+        owner_of: slot -> key of its owner. Where two optimizers hold a parameter, the one that stepped last.
+    """
+
+    def __init__(self, table: ParameterTable) -> None:
+        self._table = table
+        self._known: list[_Known] = []
+        self._key_of: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self.owner_of: dict[int, int] = {}
+
+    def adopt(self, optimizer: Optimizer) -> tuple[int | None, bool]:
+        """Take an optimizer in.
+
+        Returns:
+            Its key, or None where it owns nothing watched; and whether ownership has changed.
+        """
+        signature = _signature(optimizer)
+        key = self._key_of.get(optimizer)
+        if key is not None:
+            known = self._known[key]
+            if known.signature == signature:
+                return (key if known.slots else None), False
+        slot_of = self._table.slot_of
+        groups = [[slot for p in group["params"] if (slot := slot_of.get(id(p))) is not None] for group in optimizer.param_groups]
+        slots = [slot for group in groups for slot in group]
+        if key is None:
+            if not slots:
+                return None, False
+            key = len(self._known)
+            self._key_of[optimizer] = key
+            self._known.append(_Known(optimizer, f"{type(optimizer).__name__}#{key}"))
+        known = self._known[key]
+        for slot in known.slots:
+            if self.owner_of.get(slot) == key:
+                del self.owner_of[slot]
+        for other in {self.owner_of[slot] for slot in slots if slot in self.owner_of}:
+            self._known[other].signature = None  # it takes its parameters back when it steps
+        known.signature, known.slots, known.groups = signature, slots, groups
+        self.owner_of.update(dict.fromkeys(slots, key))
+        return (key if slots else None), True
+
+    def refresh(self) -> None:
+        """The table was scanned again: slots may have come."""
+        for known in self._known:
+            known.signature = None
+            optimizer = known.ref()
+            if optimizer is not None:
+                self.adopt(optimizer)
+
+    def find(self, slots: Iterable[int]) -> bool:
+        """Search the process for optimizers that own `slots` and have not stepped yet. Some 50 ms: for the first unowned ones only.
+
+        Returns:
+            Whether one was found.
+        """
+        wanted = {id(self._table.params[slot]) for slot in slots}
+        found = False
+        for thing in gc.get_objects():
+            # `type(thing)`, not `isinstance`: lazy proxies run their owner's code when asked for `__class__`.
+            if not issubclass(type(thing), Optimizer) or thing in self._key_of or "param_groups" not in vars(thing):
+                continue
+            if any(id(p) in wanted for group in thing.param_groups for p in group["params"]):
+                self.adopt(thing)
+                found = True
+        return found
+
+    def slots(self, key: int) -> list[int]:
+        """What the optimizer owns."""
+        return self._known[key].slots
+
+    def optimizer(self, key: int) -> Optimizer | None:
+        """The optimizer itself, while it lives."""
+        return self._known[key].ref()
+
+    def name(self, key: int) -> str:
+        """Its name in the record, for example "AdamW#0"."""
+        return self._known[key].name
+
+    def write_lr(self, key: int, lr: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Write each parameter group's learning rate into `lr[slot]`; NaN where it is a tensor on a device."""
+        known = self._known[key]
+        optimizer = known.ref()
+        if optimizer is None:
+            return
+        for group, slots in zip(optimizer.param_groups, known.groups, strict=False):
+            value = group.get("lr", np.nan)
+            if isinstance(value, Tensor):
+                value = float(value) if value.device.type == "cpu" else np.nan
+            lr[slots] = value
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether any optimizer that has been seen, or any in the process, holds `parameter`. Searches the process: on suspicion only."""
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing):
+                for group in thing.param_groups:
+                    if any(p is parameter for p in group["params"]):
+                        return True
+        return False
+
+
+def _signature(optimizer: Optimizer) -> _Signature:
+    marks = []
+    for group in optimizer.param_groups:
+        params = group["params"]
+        marks.append((id(params), len(params), id(params[0]) if params else 0, id(params[-1]) if params else 0))
+    return tuple(marks)

@@ -1,0 +1,146 @@
+"""Which parameters and modules a watch looks at, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names under which torch's own wrapper modules hold the module they wrap (compile, FSDP, activation checkpointing)."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside `torch.compile` and DistributedDataParallel."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the segments of torch's wrapper modules."""
+    if "_" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
+
+
+def named_modules(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, in registration order, under its unwrapped name; a model stands under its key ("" for a single one)."""
+    seen: set[int] = set()
+    names: set[str] = set()
+    for key, model in models.items():
+        for name, module in unwrap(model).named_modules():
+            if id(module) in seen or _WRAPPER_SEGMENTS & module._modules.keys():
+                continue
+            seen.add(id(module))
+            full = _join(key, plain_name(name))
+            if full not in names:
+                names.add(full)
+                yield full, module
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key and name else key or name
+
+
+class ParameterTable:
+    """The watched parameters by slot. A slot is an internal number that never changes its parameter; columns are the public order.
+
+    Attributes:
+        params: the parameter of each slot.
+        names: its first qualified name.
+        layers: qualified name of the module that holds it.
+        columns: int64 `[S]`: its column in the history, -1 once the model does not hold it any more.
+        slot_of: `id(parameter)` -> slot, for those that the model holds.
+        modules: every module, by unwrapped name, in registration order.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        self._models = models
+        self.params: list[Tensor] = []
+        self.names: list[str] = []
+        self.layers: list[str] = []
+        self.columns: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.slot_of: dict[int, int] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self._shape: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._lazy: list[Tensor] = []
+        self._trainable: list[bool] = []
+        self.rescan()
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @property
+    def column_slots(self) -> list[int]:
+        """The slot of each column."""
+        slots = [-1] * len(self.slot_of)
+        for slot, column in enumerate(self.columns):
+            if column >= 0:
+                slots[column] = slot
+        return slots
+
+    def changed(self) -> bool:
+        """Whether a module or parameter was added, replaced or removed, or a lazy one materialised, since the last scan."""
+        for held, values in self._shape:
+            if len(held) != len(values) or not all(map(is_, held.values(), values)):
+                return True
+        return bool(self._lazy) and any(not isinstance(p, UninitializedParameter) for p in self._lazy)
+
+    def thawed(self) -> bool:
+        """Whether a parameter was frozen or thawed since the last scan."""
+        return [p.requires_grad for p in self.params] != self._trainable
+
+    def rescan(self) -> None:
+        """Look at the models again: known parameters keep their slots, new ones get new slots."""
+        self.modules = dict(named_modules(self._models))
+        slot_of: dict[int, int] = {}
+        order: list[int] = []
+        self._shape = []
+        for layer, module in self.modules.items():
+            self._shape.append((module._parameters, tuple(module._parameters.values())))
+            self._shape.append((module._modules, tuple(module._modules.values())))
+            for name, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in slot_of:
+                    continue
+                slot = self.slot_of.get(id(parameter))
+                if slot is None or self.params[slot] is not parameter:
+                    slot = len(self.params)
+                    self.params.append(parameter)
+                    self.names.append("")
+                    self.layers.append("")
+                self.names[slot], self.layers[slot] = _join(layer, name), layer
+                slot_of[id(parameter)] = slot
+                order.append(slot)
+        self.slot_of = slot_of
+        self.columns = np.full(len(self.params), -1, np.int64)
+        self.columns[order] = np.arange(len(order))
+        self._lazy = [p for p in self.params if isinstance(p, UninitializedParameter)]
+        self._trainable = [p.requires_grad for p in self.params]
+
+
+def materialised(parameter: Tensor) -> bool:
+    """Whether it has a shape and values that can be read."""
+    return not isinstance(parameter, UninitializedParameter) and parameter.device.type != "meta"
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, duplicates summed; a dense one as it is."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor.coalesce()._values() if tensor.is_sparse else tensor.values()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last axis of two; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

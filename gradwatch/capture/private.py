@@ -1,0 +1,89 @@
+"""Every private name of torch that gradwatch uses: one function each, with a fallback instead of a failure.
+
+`self_test` tells which of them this torch does not have; the watch says so once, in a notice.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running a node in this thread: a nested `backward` (reentrant checkpoint), or user code in a hook.
+
+    Without the private name: False, so that a nested call counts as a second backward of the same record.
+    """
+    try:
+        return bool(torch._C._current_graph_task_id() != -1)
+    except AttributeError:
+        return False
+
+
+def sequence_number(node: Any) -> int:
+    """Rank of an autograd node in the order in which the forward pass made them; -1 where it has none (AccumulateGrad)."""
+    try:
+        number = int(node._sequence_nr())
+    except AttributeError:
+        return -1
+    return number if number < 2**63 else -1
+
+
+def scale_of(scaler: Any) -> Tensor | None:
+    """The scale of a GradScaler as a 0-d tensor on its device, without a synchronisation; None before its first use."""
+    scale = getattr(scaler, "_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
+def foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
+    """2-norms of dense floating tensors of one device and dtype, as 0-d tensors: one multi-tensor call where torch has it."""
+    wide = tensors[0].dtype in (torch.float64, torch.float32)
+    try:
+        return list(torch._foreach_norm(tensors, 2, dtype=None if wide else torch.float32))
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        dtype = None if wide else torch.float32
+        return [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]
+
+
+def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`target.copy_(source)` for each pair, in one call where torch has it."""
+    try:
+        torch._foreach_copy_(targets, sources)
+    except AttributeError:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def running_steps(limit: int = 400) -> int:
+    """How many `Optimizer.step` wrappers are on this thread's Python stack, up to `limit` frames deep."""
+    import torch.optim.optimizer as module
+
+    code = getattr(module.Optimizer.profile_hook_step(_no_step), "__code__", None)
+    frame, count = sys._getframe(1), 0
+    walk: Any = frame
+    while walk is not None and limit:
+        count += walk.f_code is code
+        walk, limit = walk.f_back, limit - 1
+    return count
+
+
+def _no_step(optimizer: Any) -> None:
+    """Stands in for a step, to learn the code object of torch's wrapper."""
+
+
+def self_test() -> list[str]:
+    """What this torch lacks, in words; empty where everything is there."""
+    lacking = []
+    if not hasattr(torch._C, "_current_graph_task_id"):
+        lacking.append("_current_graph_task_id (nested backward calls count as separate ones)")
+    if not hasattr(torch, "_foreach_norm") or not hasattr(torch, "_foreach_copy_"):
+        lacking.append("_foreach_norm/_foreach_copy_ (reading costs more)")
+    leaf = torch.ones((), device="cpu", requires_grad=True)
+    with torch.enable_grad():
+        node = (leaf * 2).grad_fn
+    if sequence_number(node) < 0:
+        lacking.append("_sequence_nr (the order of execution is not known)")
+    return [f"torch {torch.__version__} lacks {name}" for name in lacking]

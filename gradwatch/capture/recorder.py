@@ -1,0 +1,703 @@
+"""From the events of a training loop to rows of the history: the clock's wiring to parameters, gradients, weights and owners."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.capture import private
+from gradwatch.capture.facts import InitialFacts, describe
+from gradwatch.capture.gradients import UNCHANGED, Gradients
+from gradwatch.capture.graph import find_unregistered, walk
+from gradwatch.capture.norms import NormReader
+from gradwatch.capture.optimizers import Owners
+from gradwatch.capture.parameters import ParameterTable
+from gradwatch.capture.slab import GRADIENTS, LOSS, SCALARS, WEIGHTS
+from gradwatch.capture.weights import WeightSample
+from gradwatch.clock import Clock, Open, Outcome, Pre
+from gradwatch.history import Meta, Pending
+from gradwatch.records import GradState, Sampling, SkipReason
+
+_HAND_SCALE_AFTER = 3
+"""Updates running with the same exact power of two on all probes after which it is taken for a loss scale by hand."""
+
+_OUTSIDE_AFTER = 5
+"""Records after which leaves outside the model are looked for in the process's optimizers."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """What is known of the open record, by slot."""
+
+    full: bool
+    cadence: frozenset[int]
+    norm: NDArray[np.float64]
+    nonfinite: NDArray[np.float64]
+    weight_norm: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    lr: NDArray[np.float64]
+    state: NDArray[np.uint8]
+    loss: float = float("nan")
+    told: list[float] = field(default_factory=list)
+    scale: float = 1.0
+    by_scaler: bool = False
+    clip_coef: float = 1.0
+    in_pre: set[int] = field(default_factory=set)
+    remote: list[int] = field(default_factory=list)
+    remote_loss: bool = False
+
+    @classmethod
+    def blank(cls, size: int, full: bool, cadence: frozenset[int]) -> Draft:
+        nan = np.full((4, size), np.nan)
+        return cls(full, cadence, nan[0], np.zeros(size), nan[1], nan[2], nan[3], np.zeros(size, np.uint8))
+
+    def flag(self, slots: Any, state: GradState) -> None:
+        """Set a flag on some slots (indices or a mask)."""
+        self.state[slots] |= np.uint8(state)
+
+    def resize(self, size: int) -> None:
+        more = size - len(self.norm)
+        for name in ("norm", "weight_norm", "ratio", "lr"):
+            setattr(self, name, np.append(getattr(self, name), np.full(more, np.nan)))
+        self.nonfinite = np.append(self.nonfinite, np.zeros(more))
+        self.state = np.append(self.state, np.zeros(more, np.uint8))
+
+
+@dataclass(slots=True)
+class _Closed:
+    """A closed record on its way to the history."""
+
+    outcome: Outcome
+    record: Open
+    draft: Draft
+    owner_of: dict[int, int]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Acting:
+    """What an actor is told right before an optimizer's step.
+
+    Attributes:
+        optimizer: the one that is about to step.
+        step: number of the record.
+        params: what it owns and a backward has reached, with a gradient.
+        names: their names.
+        norms: float64, 2-norms of their gradients as `p.grad` holds them now, unless `touched`.
+        factor: what `p.grad` holds, divided by the true gradient (a loss scale that is still on it; 1 = none).
+        touched: somebody changed the gradients after they were read, so that `norms` are not those of `p.grad` now.
+        found_inf: a GradScaler decides about this step on the device.
+    """
+
+    optimizer: Optimizer
+    step: int
+    params: Sequence[Tensor]
+    names: Sequence[str]
+    norms: NDArray[np.float64]
+    factor: float
+    touched: bool
+    found_inf: bool
+
+
+class Deliberate(Exception):
+    """Carries an error that was asked for out of the hooks: the user's loop shall see its cause."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+_INSIDE_BACKWARD = (
+    "gradwatch was asked to act on gradients before the step, but this optimizer steps inside backward(), where they are not complete "
+    "yet and other steps have already been taken. Clip inside your own hook, or watch without clip= and with on_nonfinite='warn'."
+)
+
+
+class Recorder:
+    """Turns the events of a loop into rows.
+
+    Args:
+        models: the watched models, under "" or their keys.
+        sampling: how much is looked at.
+        blank_row: gives an empty row of the history's present layout.
+        recorded: gives the number of the next record.
+        on_row: takes a finished row.
+        on_meta: takes the static facts when they change.
+        act: called right before a step with what is known; returns the factor it applied to the gradients (1 = none), or None where it
+            does not know it. What it raises leaves the user's `step`. None: nobody acts.
+        scaler: the only GradScaler that is heard; None: any.
+        started: `time.perf_counter()` of second 0; None: now.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        sampling: Sampling,
+        *,
+        blank_row: Callable[[], NDArray[Any]],
+        recorded: Callable[[], int],
+        on_row: Callable[[NDArray[Any]], None],
+        on_meta: Callable[[Meta], None],
+        act: Callable[[Acting], float | None] | None = None,
+        scaler: Any = None,
+        started: float | None = None,
+    ) -> None:
+        self._sampling = sampling
+        self._blank_row, self._on_row, self._on_meta = blank_row, on_row, on_meta
+        self._recorded = recorded
+        self._act = act
+        self._scaler = scaler
+        self.table = ParameterTable(models)
+        self.owners = Owners(self.table)
+        self.clock = Clock(self.owners.owner_of)
+        self._reader = NormReader(self.table.params)
+        self.gradients = Gradients(self.table.params, self._reader)
+        self.weights = WeightSample(self.table.params)
+        self._initial = InitialFacts()
+        self._order: dict[int, int] = {}
+        self._distance: dict[int, int] = {}
+        self._unreached: set[int] | None = None
+        self._opaque = False
+        self._outside: list[weakref.ref[Tensor]] = []
+        self._outside_due = _OUTSIDE_AFTER
+        self._outside_facts: tuple[tuple[tuple[int, ...], ...], tuple[str, ...]] = ((), ())
+        self._searched: set[int] = set()
+        self._counts: dict[frozenset[int], int] = {}
+        self._draft: Draft | None = None
+        self._queue: list[_Closed] = []
+        self._told: list[Any] = []
+        self._pending_scale: float | Tensor | None = None
+        self._hand_scale = 1.0
+        self._hand_seen: list[float] = []
+        self._foreign_steps = self._unowned = 0
+        self._ever_stepped = False
+        self._dirty = False
+        self._started = time.perf_counter() if started is None else started
+        self.unfinished = 0
+        self._describe()
+
+    # -- what the loop does --------------------------------------------------------------------------------------------------------
+
+    def backward_begin(self) -> None:
+        """The outermost backward starts."""
+        self._drain(force=False)
+        if self.table.changed():
+            self._rescan()
+        if self.clock.steps_running():
+            self._forget_broken_steps(0)
+        outcome = self.clock.backward_begin(self._cleared, self._moved)
+        if outcome is not None:
+            self._finish(outcome)
+        self.gradients.begin()
+
+    def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
+        """The outermost backward has returned."""
+        reached = self.gradients.end()
+        record = self.clock.open
+        fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
+        read_here = record is None or record.evaluations == 1
+        if reached and read_here and fresh:
+            self._read(fresh)
+        draft = self._draft
+        if draft is not None and (reached or (record is not None and record.stepped_in_backward)) and read_here:
+            self._take_scale(draft)
+            if scalar:
+                self._add_loss(draft, roots)
+            self._take_told(draft)
+            if not self._order.keys() >= set(reached):
+                self._walk(roots)
+        outcome = self.clock.backward_end(reached)
+        if outcome is not None:
+            self._finish(outcome)
+
+    def backward_failed(self) -> None:
+        """The outermost backward raised."""
+        self.clock.backward_failed()
+        self.gradients.fail()
+        self._dirty = self._draft is not None
+
+    def scale(self, scaler: Any) -> None:
+        """A GradScaler has scaled a loss."""
+        if self._scaler is not None and scaler is not self._scaler:
+            return
+        scale = private.scale_of(scaler)
+        if scale is not None:
+            self._pending_scale = float(scale) if scale.device.type == "cpu" else scale
+
+    def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
+        """An optimizer is about to step.
+
+        Returns:
+            Its key if it owns something watched, and whether an actor has to act at the end of its closure.
+        """
+        key, changed = self.owners.adopt(optimizer)
+        if changed:
+            self.clock.owners_changed()
+            self._describe()
+        if key is None:
+            return None, False
+        if self.clock.steps_running():
+            self._forget_broken_steps(1)
+        self._find_owners()
+        act, outcome = self.clock.pre(key, closure, lambda: self._held(key))
+        if outcome is not None:
+            self._finish(outcome)
+        if act is Pre.WAIT:
+            return key, self._act is not None
+        record = self.clock.open
+        if record is None or act is Pre.IGNORE:
+            return key, False
+        if act is Pre.READ:
+            read = [slot for slot in record.reached if self._draft is None or slot not in self._draft.in_pre]
+            self._read(read)
+            if self._draft is not None:
+                self._draft.in_pre.update(read)
+                self._take_scale(self._draft)
+        elif self._dirty:
+            self._read([slot for slot in self.owners.slots(key) if slot in record.reached])
+        self._dirty = False
+        self.before_step(key)
+        return key, False
+
+    def before_step(self, key: int) -> None:
+        """The gradients that the owner is about to use are there: note what happened to them, then act."""
+        record, draft = self.clock.open, self._draft
+        optimizer = self.owners.optimizer(key)
+        if record is None or draft is None or optimizer is None:
+            return
+        mine = self.owners.slots(key)
+        reached = [slot for slot in mine if slot in record.reached]
+        self.owners.write_lr(key, draft.lr)
+        gone = self.gradients.gone(reached)
+        draft.flag(gone, GradState.CLEARED)
+        stale = self.gradients.stale
+        if stale.any():
+            for slot in mine:
+                if stale[slot] and self.table.params[slot].grad is not None and not self.gradients.cleared([slot]):
+                    draft.flag(slot, GradState.STALE)
+        if draft.full and not all(self.weights.taken[mine]):
+            self.weights.take_before([slot for slot in mine if not self.weights.taken[slot]])
+        there = [slot for slot in reached if not draft.state[slot] & GradState.CLEARED] if gone else reached
+        ratios = self.gradients.scaled_since(self.gradients.probes(there))
+        if ratios.size and not ratios.any() and self.gradients.cleared(there):
+            draft.flag(there, GradState.CLEARED)
+            return
+        scaled_on_device = getattr(optimizer, "grad_scale", None) is not None
+        expected = 1.0 if scaled_on_device or not draft.by_scaler else 1.0 / draft.scale
+        self._see_hand_scale(draft, ratios)
+        if not draft.by_scaler and draft.scale != 1.0:
+            expected = 1.0 / draft.scale
+        coefs = ratios[np.isfinite(ratios)] / expected
+        touched = bool((np.abs(coefs - 1) > UNCHANGED).any())
+        if touched:
+            self._clipped(draft, reached, float(coefs.min()))
+        if self._act is None or not there:
+            return
+        self._await()
+        factor = draft.scale * expected if draft.by_scaler or draft.scale != 1.0 else 1.0
+        # A callable may have been given loss-scaled gradients by a fused optimizer only; for all others the scale is gone by now.
+        raw = self.gradients.norm[there] * expected
+        found_inf = getattr(optimizer, "found_inf", None) is not None
+        if self.clock.in_backward:
+            raise Deliberate(RuntimeError(_INSIDE_BACKWARD))
+        params = [self.table.params[slot] for slot in there]
+        names = [self.table.names[slot] for slot in there]
+        step = self._step_number()
+        probes = self.gradients.probes(there)
+        before = self.gradients.scaled_since(probes)
+        try:
+            coef = self._act(Acting(optimizer, step, params, names, raw, factor, touched, found_inf))
+        except Exception as error:
+            raise Deliberate(error) from error
+        if coef is None:
+            after = self.gradients.scaled_since(probes) / before
+            coef = float(np.nanmin(after)) if np.isfinite(after).any() else 1.0
+        if abs(coef - 1.0) > UNCHANGED:
+            self._clipped(draft, there, coef * (draft.clip_coef if touched else 1.0))
+
+    def post_step(self, optimizer: Optimizer) -> None:
+        """A step has returned."""
+        key, _ = self.owners.adopt(optimizer)
+        if key is None:
+            self.clock.foreign_post()
+            self._foreign_steps += 1
+            self._update_pending()
+            return
+        record, draft = self.clock.open, self._draft
+        found = getattr(optimizer, "found_inf", None)
+        found_inf = isinstance(found, Tensor) and bool(found.item())
+        outermost = self.clock.steps_running() <= 1
+        mine = self.owners.slots(key)
+        if outermost:
+            self.gradients.used(mine)
+        if record is not None and draft is not None and outermost:
+            if not found_inf and any(slot in record.reached for slot in mine):
+                draft.flag(mine, GradState.STEPPED)
+                self._ever_stepped = True
+                if draft.full:
+                    self._measure_change(draft, mine)
+        outcome = self.clock.post(key, found_inf)
+        if outcome is not None:
+            self._finish(outcome)
+
+    def by_hand(self) -> None:
+        """The user says that the update is over."""
+        if self.clock.open is None:
+            slots = {slot for slot, p in enumerate(self.table.params) if p.grad is not None}
+            if slots:
+                self._read(sorted(slots))
+                if self._draft is not None:
+                    self._take_scale(self._draft)
+            outcome = self.clock.by_hand(slots)
+        else:
+            outcome = self.clock.by_hand()
+        if outcome is not None:
+            self._finish(outcome)
+
+    def exit(self) -> None:
+        """The block is left."""
+        outcome = self.clock.exit(self._moved)
+        if outcome is not None:
+            self._finish(outcome)
+        self.drain()
+        self.gradients.fail()
+
+    def drain(self) -> None:
+        """Give on all finished records, waiting for those whose numbers are on their way from a device."""
+        self._drain(force=True)
+
+    def told(self, value: Any) -> None:
+        """The user says what the loss is."""
+        self._told.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def know(self, optimizer: Optimizer) -> int | None:
+        """Learn of an optimizer before it steps; returns its key, None where it owns nothing watched."""
+        key, changed = self.owners.adopt(optimizer)
+        if changed:
+            self._describe()
+        return key
+
+    def suspect(self) -> None:
+        """Something is wrong: full statistics at every update, as at the start."""
+        self._counts.clear()
+
+    @property
+    def closure_evaluations(self) -> int:
+        """Evaluations of the closure inside the step that is running."""
+        return self.clock.open.evaluations if self.clock.open is not None else 0
+
+    # -- reading -------------------------------------------------------------------------------------------------------------------
+
+    def _read(self, slots: list[int]) -> None:
+        draft = self._draft
+        if draft is None:
+            cadence = frozenset(self.owners.owner_of[slot] for slot in slots if slot in self.owners.owner_of)
+            count = self._counts.get(cadence, 0)
+            dense, every = self._sampling.dense, self._sampling.every
+            full = count < dense or (count - dense) % every == 0
+            draft = self._draft = Draft.blank(len(self.table), full, cadence)
+        self.gradients.read(slots)
+        draft.norm[slots] = self.gradients.norm[slots]
+        draft.nonfinite[slots] = self.gradients.nonfinite[slots]
+        draft.flag(slots, GradState.REACHED)
+        draft.remote = sorted({*draft.remote, *self.gradients.lagging})
+        if draft.full or not draft.cadence:
+            self._sample(draft, slots)
+
+    def _sample(self, draft: Draft, slots: list[int]) -> None:
+        """The weights before the step: the sample of all that the owners of `slots` hold, the norms of `slots`."""
+        owned = {slot for key in {self.owners.owner_of.get(slot) for slot in slots} - {None} for slot in self.owners.slots(key)}  # type: ignore[arg-type]
+        new = sorted(slot for slot in owned.union(slots) if not self.weights.taken[slot])
+        if new:
+            self.weights.take_before(new)
+        new = [slot for slot in slots if draft.weight_norm[slot] != draft.weight_norm[slot]]
+        if draft.full and new:
+            with torch.no_grad():
+                params = [self.table.params[slot].detach() for slot in new]
+                self._reader.read(new, params, draft.weight_norm, WEIGHTS)
+                self._correct_weight_norms(draft, new, params)
+
+    def _correct_weight_norms(self, draft: Draft, slots: list[int], params: list[Tensor]) -> None:
+        """A norm that overflowed float32, or lost its squares, is read again; a weight that is not finite keeps its NaN or Inf."""
+        from gradwatch.capture.norms import TINY, exact
+
+        norms = draft.weight_norm[slots]
+        with np.errstate(invalid="ignore"):
+            doubtful = np.flatnonzero(np.isinf(norms) | ((norms > 0) & (norms < TINY)))
+        for i in doubtful.tolist():
+            draft.weight_norm[slots[i]] = exact(params[i])[0]
+
+    def _await(self) -> None:
+        """Wait for the norms of this record that are still on a device: once an update, and only where somebody acts."""
+        draft = self._draft
+        if draft is None or not draft.remote:
+            return
+        for device, slab in self._reader.slabs.items():
+            slab.send()
+            values = slab.values()
+            mine = [slot for slot in draft.remote if self.table.params[slot].device == device]
+            self._land(draft, mine, values)
+        draft.remote, draft.remote_loss = [], False
+
+    def _land(self, draft: Draft, slots: list[int], values: NDArray[np.float64]) -> None:
+        self.gradients.arrive(slots, values[GRADIENTS, slots])
+        draft.norm[slots] = self.gradients.norm[slots]
+        draft.nonfinite[slots] = np.where(np.isfinite(draft.norm[slots]), 0, np.maximum(1, self.gradients.nonfinite[slots]))
+        if draft.full:
+            draft.weight_norm[slots] = values[WEIGHTS, slots]
+        if draft.remote_loss:
+            draft.loss = np.nan_to_num(draft.loss, nan=0.0) + values[SCALARS, LOSS]
+
+    def _add_loss(self, draft: Draft, roots: Sequence[Any]) -> None:
+        for root in roots:
+            slab = self._reader.slabs.get(root.device)
+            if slab is not None:
+                slab.add_loss(root)
+                draft.remote_loss = True
+            else:
+                value = root.detach()
+                value = float(value.real if value.is_complex() else value)
+                draft.loss = value if draft.loss != draft.loss and not draft.remote_loss else draft.loss + value
+
+    def _take_scale(self, draft: Draft) -> None:
+        if self._pending_scale is not None:
+            draft.scale, draft.by_scaler = float(self._pending_scale), True
+            self._pending_scale = None
+        elif not draft.by_scaler:
+            draft.scale = self._hand_scale
+
+    def _take_told(self, draft: Draft) -> None:
+        draft.told += [float(value) for value in self._told]
+        self._told.clear()
+
+    def _see_hand_scale(self, draft: Draft, ratios: NDArray[np.float64]) -> None:
+        """The same exact power of two on all probes, three updates running, is a loss scale by hand."""
+        if draft.by_scaler:
+            return
+        one = float(ratios[0]) if ratios.size and np.isfinite(ratios).all() and np.ptp(ratios) <= UNCHANGED * ratios[0] else 1.0
+        power = 2.0 ** round(float(np.log2(one))) if one > 0 else 1.0
+        if power == 1.0 or abs(one / power - 1) > UNCHANGED:
+            self._hand_seen.clear()
+            return
+        self._hand_seen = [*self._hand_seen, power] if set(self._hand_seen) <= {power} else [power]
+        if len(self._hand_seen) >= _HAND_SCALE_AFTER:
+            self._hand_seen = self._hand_seen[-_HAND_SCALE_AFTER:]
+            self._hand_scale = draft.scale = 1.0 / power
+
+    def _clipped(self, draft: Draft, slots: Sequence[int], coef: float) -> None:
+        draft.clip_coef = min(draft.clip_coef, coef) if draft.clip_coef != 1.0 else coef
+        if coef < 1.0:
+            draft.flag(list(slots), GradState.CLIPPED)
+
+    def _step_number(self) -> int:
+        return self._recorded() + len(self._queue)
+
+    def _measure_change(self, draft: Draft, slots: list[int]) -> None:
+        self.weights.take_after(slots)
+        ratio, changed = self.weights.ratios(slots)
+        draft.ratio[slots] = ratio
+        draft.flag(np.asarray(slots)[changed], GradState.CHANGED)
+
+    # -- what the clock asks -------------------------------------------------------------------------------------------------------
+
+    def _cleared(self) -> bool:
+        record = self.clock.open
+        return record is not None and self.gradients.cleared(record.reached)
+
+    def _moved(self) -> bool:
+        record = self.clock.open
+        return record is not None and self.weights.moved(sorted(record.reached))
+
+    def _held(self, key: int) -> set[int]:
+        return self.gradients.held(self.owners.slots(key) if self.clock.in_backward else range(len(self.table)))
+
+    def _forget_broken_steps(self, own: int) -> None:
+        """Steps that ended by an exception never came back; those still running stand on the stack."""
+        running = private.running_steps() - own
+        if running < self.clock.steps_running():
+            self.clock.forget_steps(max(0, running))
+
+    def _find_owners(self) -> None:
+        """A reached parameter without a known owner: its optimizer may exist and not have stepped yet."""
+        record = self.clock.open
+        if record is None:
+            return
+        unowned = {slot for slot in record.reached if slot not in self.owners.owner_of} - self._searched
+        if unowned:
+            self._searched |= unowned
+            if self.owners.find(unowned):
+                self.clock.owners_changed()
+            self._describe()
+
+    # -- closing -------------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome) -> None:
+        record, draft = self.clock.closed, self._draft
+        self._draft = None
+        self._dirty = False
+        if record is None or draft is None:
+            return
+        if outcome is Outcome.UNFINISHED:
+            self.unfinished += 1
+            self._update_pending(record)
+        elif outcome is Outcome.DROPPED:
+            self._unowned += 1
+            self._update_pending()
+        else:
+            if outcome is Outcome.BY_HAND:
+                self._by_hand(draft, record)
+            if not draft.told and not self.clock.in_backward:
+                self._take_told(draft)
+            self._counts[draft.cadence] = self._counts.get(draft.cadence, 0) + 1
+            self._foreign_steps = self._unowned = 0
+            closed = _Closed(outcome, record, draft, dict(self.owners.owner_of), time.perf_counter() - self._started)
+            self._queue.append(closed)
+            if draft.remote or draft.remote_loss:
+                self._drain(force=True, before=closed)
+                for slab in self._reader.slabs.values():
+                    slab.send()
+            else:
+                self._drain(force=True)
+        self.weights.forget()
+
+    def _by_hand(self, draft: Draft, record: Open) -> None:
+        slots = sorted(slot for slot in record.reached if self.weights.taken[slot])
+        if slots:
+            self._measure_change(draft, slots)
+            if not draft.full:
+                draft.ratio[slots] = np.nan
+        self.gradients.used(sorted(record.reached))
+        self._ever_stepped = True
+
+    def _drain(self, force: bool, before: _Closed | None = None) -> None:
+        """Give finished records on, in order; one whose numbers are still on their way from a device may wait."""
+        while self._queue and self._queue[0] is not before:
+            closed = self._queue[0]
+            draft = closed.draft
+            if draft.remote or draft.remote_loss:
+                if not force and not all(slab.arrived() for slab in self._reader.slabs.values()):
+                    return
+                for device, slab in self._reader.slabs.items():
+                    mine = [slot for slot in draft.remote if self.table.params[slot].device == device]
+                    self._land(draft, mine, slab.values())
+            self._queue.pop(0)
+            self._look_outside()
+            self._update_pending(self.clock.open)
+            self._on_row(self._row(closed))
+
+    def _row(self, closed: _Closed) -> NDArray[Any]:
+        draft, record, outcome = closed.draft, closed.record, closed.outcome
+        row = self._blank_row()
+        reached = np.zeros(len(draft.norm), bool)
+        reached[list(record.reached)] = True
+        counted = reached
+        if record.stepped:
+            owner = np.full(len(draft.norm), -1)
+            for slot, key in closed.owner_of.items():
+                owner[slot] = key
+            steps = np.isin(owner, np.array([key for key in record.stepped if isinstance(key, int)], np.int64))
+            foreign = reached & (owner >= 0) & ~steps
+            reached, counted = reached & ~foreign, reached & steps
+            draft.state[foreign] = 0
+        columns = np.append(self.table.columns, -1)[: len(draft.norm)]
+        scale = draft.scale
+        with np.errstate(all="ignore"):
+            total = float(np.sqrt(np.sum((draft.norm[counted] / scale) ** 2)))
+            shown = reached & (columns >= 0)
+            at = columns[shown]
+            row["grad_norm"][at] = draft.norm[shown] / scale
+            row["grad_nonfinite"][at] = draft.nonfinite[shown]
+            row["weight_norm"][at] = draft.weight_norm[shown]
+            row["update_ratio"][at] = draft.ratio[shown]
+            flagged = (draft.state != 0) & (columns >= 0)
+            row["grad_state"][columns[flagged]] = draft.state[flagged]
+            stepped = (draft.state & GradState.STEPPED > 0) & (columns >= 0)
+            row["lr"][columns[stepped]] = draft.lr[stepped]
+            row["loss"] = np.mean(draft.told) if draft.told else draft.loss / scale
+            row["total_norm"] = total
+        skipped = outcome in (Outcome.SKIPPED, Outcome.FOUND_INF)
+        reason = SkipReason.NONE
+        if skipped:
+            by_scaler = outcome is Outcome.FOUND_INF or (draft.by_scaler and not np.isfinite(total))
+            reason = SkipReason.SCALER if by_scaler else SkipReason.NO_STEP
+        row["clip_coef"] = draft.clip_coef
+        row["skipped"], row["skip_reason"] = skipped, reason
+        row["loss_scale"] = scale
+        row["backward_calls"] = record.backward_calls
+        row["time"] = closed.time
+        return row
+
+    # -- facts ---------------------------------------------------------------------------------------------------------------------
+
+    pending: Pending = Pending()
+
+    def _update_pending(self, record: Open | None = None) -> None:
+        self.pending = Pending(
+            backward_calls=record.backward_calls if record is not None else 0,
+            unowned=self._unowned,
+            foreign_steps=self._foreign_steps,
+            ever_stepped=self._ever_stepped,
+        )
+
+    def _walk(self, roots: Iterable[Any]) -> None:
+        facts = walk(roots, self.table.slot_of)
+        self._order.update({slot: number for slot, number in facts.order.items() if slot not in self._order})
+        self._distance.update({slot: depth for slot, depth in facts.distance.items() if slot not in self._distance})
+        self._opaque |= facts.opaque
+        unreached = set(self.table.column_slots) - facts.order.keys()
+        self._unreached = unreached if self._unreached is None else self._unreached & unreached
+        known = {id(ref()) for ref in self._outside}
+        self._outside += [weakref.ref(leaf) for leaf in facts.outside if id(leaf) not in known]
+        self._describe()
+
+    def _look_outside(self) -> None:
+        """After a few records: which leaves outside the model belong to no optimizer, and where they live. Once."""
+        if self._outside_due <= 0 or not self._outside:
+            return
+        self._outside_due -= 1
+        if self._outside_due:
+            return
+        leaves = [leaf for ref in self._outside if (leaf := ref()) is not None]
+        orphans = [leaf for leaf in leaves if not self.owners.holds(leaf)]
+        paths = find_unregistered(self.table.modules, orphans)
+        self._outside_facts = (tuple(tuple(leaf.shape) for leaf in orphans), tuple(paths[id(x)] for x in orphans if id(x) in paths))
+        self._describe()
+
+    def _rescan(self) -> None:
+        self.table.rescan()
+        self._reader = NormReader(self.table.params)
+        self.gradients.resize(self.table.params, self._reader)
+        self.weights = WeightSample(self.table.params)
+        if self._draft is not None:
+            self._draft.resize(len(self.table))
+        self.owners.refresh()
+        self.clock.owners_changed()
+        self._describe()
+
+    def _describe(self) -> None:
+        names = {slot: self.owners.name(key) for slot, key in self.owners.owner_of.items()}
+        unreached = set() if self._unreached is None or self._opaque else self._unreached
+        self._on_meta(
+            describe(
+                self.table,
+                self._initial,
+                owners=names,
+                order=self._order,
+                distance=self._distance,
+                include=self._sampling.include,
+                exclude=self._sampling.exclude,
+                outside=self._outside_facts[0],
+                outside_in_model=self._outside_facts[1],
+                opaque=self._opaque,
+                unreached=sorted(slot for slot in unreached if self.table.params[slot].requires_grad),
+            )
+        )

@@ -1,0 +1,65 @@
+"""The one table of a device: what is computed there is written into its cells, and copied to the host once an update.
+
+Parameters on CPU need no slab: their norms are written into host memory directly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GRADIENTS, WEIGHTS, SCALARS = 0, 1, 2
+"""Rows: norms of gradients, norms of weights, and per update."""
+
+LOSS, SCALE, FOUND_INF = 0, 1, 2
+"""Columns of the row `SCALARS`."""
+
+
+class Slab:
+    """A float32 table `[3, S]` on one device.
+
+    Args:
+        device: where it lives.
+        slots: S, the number of parameter slots; at least 3 columns are kept.
+
+    Attributes:
+        table: the tensor.
+        cells: for each row its cells, views made once.
+    """
+
+    def __init__(self, device: torch.device, slots: int) -> None:
+        with torch.inference_mode(False):
+            self.table = torch.full((3, max(3, slots)), float("nan"), dtype=torch.float32, device=device)
+            self.table[SCALARS].zero_()
+        self.cells = [row.unbind() for row in self.table.unbind()]
+        self._pinned = device.type == "cuda"
+        self._host = torch.zeros(self.table.shape, dtype=torch.float32, device="cpu", pin_memory=self._pinned)
+        self._event: torch.cuda.Event | None = None
+
+    def send(self) -> None:
+        """Start the copy to the host, without waiting where the device allows it."""
+        with torch.no_grad():
+            self._host.copy_(self.table, non_blocking=self._pinned)
+            if self._pinned:
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record(torch.cuda.current_stream(self.table.device))
+            self.table[SCALARS].zero_()
+
+    def arrived(self) -> bool:
+        """Whether the last copy can be read without waiting."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def values(self) -> NDArray[np.float64]:
+        """The last copy, float64 `[3, max(3, S)]`; waits for it where it must."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        array: NDArray[np.float64] = self._host.numpy().astype(np.float64)
+        return array
+
+    def add_loss(self, root: Tensor) -> None:
+        """Add a root of a backward to this update's loss."""
+        with torch.no_grad():
+            self.cells[SCALARS][LOSS].add_(root.detach().reshape(()))

@@ -1,0 +1,151 @@
+"""What a user may hand to `GradWatch`, checked: an error says what was given, what is needed and what to do."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from gradwatch.capture.parameters import named_modules, unwrap
+from gradwatch.records import Sampling
+
+
+def models(given: object) -> dict[str, nn.Module]:
+    """The watched models under "" or their keys."""
+    if isinstance(given, Mapping):
+        if not given:
+            raise ValueError("GradWatch({}): the mapping is empty; give it at least one model, as {'generator': nn.Module, ...}")
+        for key, model in given.items():
+            if not isinstance(key, str) or not key or "." in key:
+                raise TypeError(f"GradWatch: the key {key!r} names a model and must be a non-empty str without a dot")
+            _check_model(model, f"the model {key!r}")
+        found = dict(given)
+    else:
+        _check_model(given, "model")
+        found = {"": given}
+    if not any(p.requires_grad for model in found.values() for p in model.parameters()):
+        count = sum(1 for model in found.values() for _ in model.parameters())
+        what = f"all {count} parameters are frozen" if count else "the model has no parameter"
+        raise ValueError(
+            f"GradWatch: {what}, so there is no gradient to watch; it needs at least one trainable parameter. Set requires_grad to True "
+            "on what is trained before attaching."
+        )
+    return found
+
+
+def _check_model(model: object, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {_short(model)}"
+        raise TypeError(f"GradWatch: {name} is {given}; it needs an nn.Module, or a mapping of names to nn.Module")
+    for module in unwrap(model).modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"GradWatch: {name} is or holds a {type(module).__name__} (TorchScript), which runs outside Python's sight. Watch the eager "
+                "module before scripting it."
+            )
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                f"GradWatch: {name} is or holds an nn.DataParallel, which trains copies that nobody can watch. Watch its .module without "
+                "it, or use DistributedDataParallel."
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def optimizers(given: object) -> tuple[Optimizer, ...] | None:
+    """The optimizers that were named, None for all."""
+    if given is None:
+        return None
+    several = given if isinstance(given, (list, tuple)) else (given,)
+    for one in several:
+        if not isinstance(one, Optimizer):
+            what = f"the class {one.__name__}" if isinstance(one, type) else f"{_short(one)} ({type(one).__name__})"
+            raise TypeError(
+                f"GradWatch(optimizer=...): got {what}; it needs a torch.optim.Optimizer or several of them, or None to find them itself"
+            )
+    return tuple(several)
+
+
+def scaler(given: object) -> Any:
+    """A GradScaler or None."""
+    if given is not None and not isinstance(given, torch.amp.GradScaler):
+        raise TypeError(
+            f"GradWatch(scaler={_short(given)}): got {type(given).__name__}; it needs a torch.amp.GradScaler, or None to find it itself"
+        )
+    return given
+
+
+def clip(given: object) -> Any:
+    """A positive float, a callable of parameters, or None."""
+    if given is None or (callable(given) and not isinstance(given, type)):
+        return given
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(
+            f"GradWatch(clip={_short(given)}): got {type(given).__name__}; it needs a float (the max_norm of the global norm) or a callable "
+            "of parameters such as functools.partial(torch.nn.utils.clip_grad_value_, clip_value=1.0)"
+        )
+    if not math.isfinite(given) or given <= 0:
+        raise ValueError(f"GradWatch(clip={given}): max_norm needs to be finite and above 0; leave clip out to clip nothing")
+    return float(given)
+
+
+def on_nonfinite(given: object) -> Any:
+    """A policy."""
+    if given not in ("warn", "raise"):
+        raise ValueError(
+            f"GradWatch(on_nonfinite={_short(given)}): unknown policy; it needs 'warn' (say it) or 'raise' (before the weights change)"
+        )
+    return given
+
+
+def callables(name: str, given: object) -> tuple[Callable[[Any], Any], ...]:
+    """One callable or several."""
+    if callable(given):
+        return (given,)
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        several = tuple(given)
+        wrong = [one for one in several if not callable(one)]
+        if not wrong:
+            return several
+        given = wrong[0]
+    raise TypeError(f"GradWatch({name}=...): got {_short(given)} ({type(given).__name__}); it needs a callable or several of them")
+
+
+def console(given: object) -> bool | Console:
+    """True, False or a Console."""
+    if not isinstance(given, (bool, Console)):
+        raise TypeError(
+            f"GradWatch(console={_short(given)}): got {type(given).__name__}; it needs True (stderr), False (print nothing) or a "
+            "rich.console.Console"
+        )
+    return given
+
+
+def sampling(given: object, watched: Mapping[str, nn.Module]) -> Sampling:
+    """A `Sampling` whose patterns match something."""
+    if not isinstance(given, Sampling):
+        raise TypeError(
+            f"GradWatch(sampling={_short(given)}): got {type(given).__name__}; it needs a gradwatch.Sampling, such as Sampling(every=20)"
+        )
+    names = [name for name, _ in named_modules(watched)]
+    for keyword, patterns in (("include", given.include), ("exclude", given.exclude)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                some = ", ".join(repr(name) for name in names if name)[:160]
+                raise ValueError(f"Sampling({keyword}=...): the pattern {pattern!r} does not match any module; there are {some}")
+    from gradwatch.capture.facts import in_scope
+
+    if not any(in_scope(name, given.include, given.exclude) for name in names):
+        raise ValueError(
+            f"Sampling(include={given.include!r}, exclude={given.exclude!r}): nothing is left to watch; leave at least one module in scope"
+        )
+    return given

@@ -1,0 +1,94 @@
+"""Clipping and raising before the weights change, with the norms that have been read already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from gradwatch.capture.recorder import Acting
+from gradwatch.records import NonFiniteGradientError
+
+Clipper = Callable[[Sequence[Tensor]], Any]
+"""Takes the parameters that are about to be stepped and changes their `.grad` in place, as torch's own clipping functions do."""
+
+
+class Actor:
+    """Acts right before an optimizer steps.
+
+    Args:
+        clip: `max_norm` of the global 2-norm over the parameters that this optimizer is about to step, or a callable that takes them
+            and changes their gradients, or None.
+        on_nonfinite: "raise" raises before the weights change; "warn" leaves that to the rules.
+    """
+
+    def __init__(self, clip: float | Clipper | None, on_nonfinite: Literal["warn", "raise"]) -> None:
+        self._clip = clip
+        self._raise = on_nonfinite == "raise"
+
+    @property
+    def asked(self) -> str:
+        """What it was asked to do, as the keywords that asked for it."""
+        asked = [f"clip={self._clip!r}"] if self._clip is not None else []
+        return " and ".join([*asked, *(["on_nonfinite='raise'"] if self._raise else [])])
+
+    def refuse(self, optimizer: Optimizer) -> None:
+        """Raise where nothing can act before the weights change.
+
+        Raises:
+            RuntimeError: the optimizer evaluates a closure several times within one step.
+        """
+        if isinstance(optimizer, LBFGS):
+            raise RuntimeError(self.evaluates_again(optimizer))
+
+    def evaluates_again(self, optimizer: Optimizer) -> str:
+        """Why it cannot act on this optimizer, in words."""
+        return (
+            f"gradwatch was asked to act before the step ({self.asked}), but {type(optimizer).__name__} evaluates its closure several "
+            "times within one step and changes the weights in between. Clip inside the closure, or watch without "
+            "clip= and with on_nonfinite='warn'."
+        )
+
+    def __call__(self, acting: Acting) -> float | None:
+        """Act.
+
+        Returns:
+            The factor applied to all gradients, 1.0 for none, or None where a callable applied what it liked.
+
+        Raises:
+            NonFiniteGradientError: a gradient is not finite and that was asked for.
+        """
+        finite = bool(np.isfinite(acting.norms).all())
+        if self._raise and not finite and not acting.found_inf:
+            raise self._error(acting)
+        if self._clip is None or not finite:
+            return 1.0  # a NaN or an Inf never multiplies anything
+        if callable(self._clip):
+            self._clip(acting.params)
+            return None
+        return self._clip_norm(acting, float(self._clip) * acting.factor)
+
+    def _clip_norm(self, acting: Acting, max_norm: float) -> float:
+        total = float(np.sqrt(np.sum(acting.norms**2)))
+        if acting.touched:
+            total = float(torch.nn.utils.get_total_norm([p.grad for p in acting.params if p.grad is not None]))
+        if not math.isfinite(total) or total <= max_norm:
+            return 1.0  # torch multiplies by 1 here: a pass over all gradients that changes nothing
+        torch.nn.utils.clip_grads_with_norm_(acting.params, max_norm, torch.tensor(total, dtype=torch.float32))
+        return max_norm / (total + 1e-6)
+
+    def _error(self, acting: Acting) -> NonFiniteGradientError:
+        bad = [name for name, norm in zip(acting.names, acting.norms, strict=True) if not np.isfinite(norm)]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return NonFiniteGradientError(
+            f"step {acting.step}: the gradient is not finite in {', '.join(bad[:3])}{more} ({len(bad)} of {len(acting.names)} parameters "
+            f"of {type(acting.optimizer).__name__}). The weights have not been changed; call zero_grad() and go on with the next batch "
+            "to leave this update out.",
+            step=acting.step,
+            parameters=tuple(bad),
+        )

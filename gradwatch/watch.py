@@ -1,0 +1,480 @@
+"""`GradWatch`: wires capture, diagnosis, protection and presentation to a training loop, and decides nothing itself."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from numpy.typing import NDArray
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch import nn
+from torch.optim import Optimizer
+
+from gradwatch import options
+from gradwatch.capture import private
+from gradwatch.capture.recorder import Deliberate, Recorder
+from gradwatch.capture.tape import TAPE
+from gradwatch.diagnose.incidents import Incidents
+from gradwatch.diagnose.rules import Rule, default_rules
+from gradwatch.history import History, Meta
+from gradwatch.present.console import ConsoleSink
+from gradwatch.present.report import summary, table, verdict
+from gradwatch.protect.clip import Actor, Clipper
+from gradwatch.records import Alert, Sampling, StepRecord
+
+logger = logging.getLogger("gradwatch")
+logger.addHandler(logging.NullHandler())
+
+MAX_NOTICES = 100
+"""Notices that are kept; what comes after goes to the logger alone."""
+
+T = TypeVar("T")
+_SAMPLING = Sampling()
+_ORPHANS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+class GradWatch:
+    """Watches the gradients of a training loop and says what is wrong, where, why, and what to do.
+
+    ```python
+    with GradWatch(model) as watch:
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    watch.alerts
+    ```
+
+    Training is bit-identical to training without it, unless it is asked to clip or to raise.
+
+    Args:
+        model: an `nn.Module`, or a mapping of names to modules that are trained together (`{"generator": G, "discriminator": D}`).
+        optimizer: the optimizer or optimizers to heed; None: every `torch.optim.Optimizer` that owns a watched parameter.
+        scaler: the GradScaler to heed; None: any that scales a loss.
+        clip: `max_norm` of the global 2-norm over what each optimizer steps, or a callable that takes those parameters and changes their
+            gradients in place. None: nothing is clipped. A norm that is not finite clips nothing.
+        on_nonfinite: "warn" tells of gradients that are not finite; "raise" raises `NonFiniteGradientError` before the weights change.
+        rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
+        on_alert: called with each `Alert` that opens, grows worse or ends; one callable or several.
+        on_step: called with the `StepRecord` of each closed update; one callable or several.
+        console: True prints alerts and the verdict to stderr, a rich `Console` to itself, False nothing.
+        sampling: how much is looked at, and how often.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument of the right kind with a bad value; no trainable parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        scaler: Any = None,
+        clip: float | Clipper | None = None,
+        on_nonfinite: Literal["warn", "raise"] = "warn",
+        rules: Iterable[Rule] | None = None,
+        on_alert: Callable[[Alert], Any] | Iterable[Callable[[Alert], Any]] = (),
+        on_step: Callable[[StepRecord], Any] | Iterable[Callable[[StepRecord], Any]] = (),
+        console: bool | Console = True,
+        sampling: Sampling = _SAMPLING,
+    ) -> None:
+        self._attached = False
+        models = options.models(model)
+        self._sampling = options.sampling(sampling, models)
+        self._optimizers = options.optimizers(optimizer)
+        self._scaler = options.scaler(scaler)
+        actor = Actor(options.clip(clip), options.on_nonfinite(on_nonfinite))
+        self._actor = actor if actor.asked else None
+        self._rules = default_rules() if rules is None else options.callables("rules", rules)
+        self._sinks: list[Callable[[Alert], Any]] = list(options.callables("on_alert", on_alert))
+        self._step_sinks: list[Callable[[StepRecord], Any]] = list(options.callables("on_step", on_step))
+        console = options.console(console)
+        self._console = None if console is False else ConsoleSink(None if console is True else console)
+        if self._console is not None:
+            self._sinks.insert(0, self._console)
+        # Until it is attached for the first time a watch keeps its model, afterwards only while it is attached.
+        self._models: dict[str, nn.Module] | None = models
+        self._model_refs = {key: weakref.ref(one) for key, one in models.items()}
+        self._notices: list[str] = []
+        self._incidents = Incidents(self._rules, notice=_weakly(self._notice))
+        self._history: History | None = None
+        self._recorder: Recorder | None = None
+        self._started: float | None = None
+        self._spent = self._elapsed = 0.0
+        self._entered = 0.0
+        self._unfinished = 0
+        self.home = 0
+        """Ident of the thread it was attached in."""
+
+    # -- the block -----------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> GradWatch:
+        self.attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Start watching; what was recorded before goes on.
+
+        Raises:
+            RuntimeError: it is attached already, another watch on this model acts and this one is asked to act too, or the model is gone.
+            ValueError: a named optimizer owns nothing watched.
+        """
+        if self._attached:
+            raise RuntimeError("this GradWatch is attached already; leave its block or call detach() first")
+        models = self._models or {key: model for key, ref in self._model_refs.items() if (model := ref()) is not None}
+        if len(models) != len(self._model_refs):
+            raise RuntimeError("the model of this GradWatch no longer exists; make a new GradWatch for the new model")
+        self._check_actors(models)
+        recorder = self._new_recorder(models)
+        self._models, self._recorder = models, recorder
+        self._attached = True
+        self.home = threading.get_ident()
+        self._entered = time.perf_counter()
+        TAPE.add(self)
+        if any(_ORPHANS.pop(model, False) for model in models.values()):
+            self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
+        for lack in private.self_test():
+            self._notice(lack)
+
+    def detach(self) -> None:
+        """Stop watching: close what is open, take out every hook, print the verdict. Does nothing if it is not attached."""
+        if not self._attached:
+            return
+        self._stop(self._finish)
+        if self._console is not None:
+            self._safely(self._print_verdict, "the console")
+
+    def _print_verdict(self) -> None:
+        if self._console is not None:
+            self._console.print_lines(self._verdict())
+
+    def _finish(self) -> None:
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.exit()
+            self._unfinished += recorder.unfinished
+            history = self.history
+            history.pending, history.ended = recorder.pending, True
+            try:
+                self._judge(history)
+            finally:
+                history.ended = False
+
+    def _stop(self, last: Callable[[], None] | None = None) -> None:
+        """Take everything out, after a last act that may fail."""
+        self._attached = False
+        TAPE.remove(self)
+        if last is not None:
+            self._safely(last, "closing the watch")
+        self._elapsed += time.perf_counter() - self._entered
+        self._recorder = None
+        self._models = None
+
+    def __del__(self) -> None:
+        # Attached and forgotten, as a notebook does when a cell runs again.
+        if getattr(self, "_attached", False):
+            for ref in self._model_refs.values():
+                model = ref()
+                if model is not None:
+                    _ORPHANS[model] = True
+            self.detach()
+
+    # -- what the user says and asks -----------------------------------------------------------------------------------------------
+
+    def loss(self, value: T) -> T:
+        """Tell the loss of the update at hand, where `backward()` cannot be seen or is not of the loss; returns it.
+
+        Args:
+            value: a number or a 0-d tensor. Told several times in one update, their mean is recorded.
+
+        Raises:
+            RuntimeError: the watch is not attached.
+        """
+        self._attached_recorder("loss").told(value)
+        return value
+
+    def step(self) -> None:
+        """Close the update at hand, in a loop whose steps cannot be seen.
+
+        Raises:
+            RuntimeError: the watch is not attached.
+        """
+        self._attached_recorder("step")
+        self._guard(lambda recorder: recorder.by_hand())
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """What was found in the training: one entry an incident, in the order of opening, each in its present state."""
+        if self._recorder is not None:
+            self._guard(lambda recorder: recorder.drain())
+        return self._incidents.alerts
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the watch has to say about itself."""
+        return tuple(self._notices)
+
+    @property
+    def history(self) -> History:
+        """The record so far."""
+        if self._recorder is not None:
+            self._guard(lambda recorder: recorder.drain())
+        if self._history is None:
+            self._history = History(Meta(), self._sampling.window)
+            models = self._models or {key: model for key, ref in self._model_refs.items() if (model := ref()) is not None}
+            self._new_recorder(models)  # it tells the layout
+        return self._history
+
+    def summary(self) -> str:
+        """What was found and how the layers stand, as text of several lines."""
+        return summary(self.history, self.alerts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield table(self.history, self.alerts, ascii_only=options.ascii_only)
+
+    def __repr__(self) -> str:
+        state = "attached" if self._attached else "detached"
+        updates = 0 if self._history is None else self._history.recorded
+        return f"<GradWatch {state}, {updates} updates, {len(self._incidents.alerts)} incidents>"
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and incidents, for `torch.save` beside the model's state."""
+        return {"history": self.history.state_dict(), "incidents": self._incidents.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`: steps, history and incidents continue.
+
+        Raises:
+            ValueError: the state was written with another layout.
+        """
+        present = self.history.meta
+        history = History.from_state_dict(state["history"])
+        history.set_meta(present)
+        self._history = history
+        self._incidents.load_state_dict(state["incidents"])
+
+    # -- what the loop does (called by the tape) -----------------------------------------------------------------------------------
+
+    def on_backward_begin(self) -> None:
+        self._guard(lambda recorder: recorder.backward_begin())
+        self._judge_pending()
+
+    def on_backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
+        self._guard(lambda recorder: recorder.backward_end(roots, scalar))
+        self._judge_pending()
+
+    def on_backward_failed(self) -> None:
+        self._guard(lambda recorder: recorder.backward_failed())
+
+    def on_scale(self, scaler: Any) -> None:
+        self._guard(lambda recorder: recorder.scale(scaler))
+
+    def on_pre_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._heeds(optimizer):
+            return None
+        closure = kwargs.get("closure") if "closure" in kwargs else next((one for one in args[1:] if callable(one)), None)
+        told = self._guard(lambda recorder: recorder.pre_step(optimizer, closure is not None))
+        if told is None or self._actor is None or told[0] is None:
+            return None
+        self._actor.refuse(optimizer)
+        if told[1] and closure is not None:
+            return self._with_acting_closure(optimizer, told[0], closure, args, kwargs)
+        return None
+
+    def on_post_step(self, optimizer: Optimizer) -> None:
+        if self._heeds(optimizer):
+            self._guard(lambda recorder: recorder.post_step(optimizer))
+
+    def on_fork(self) -> None:
+        self._attached = False
+        self._recorder = None
+
+    def _heeds(self, optimizer: Optimizer) -> bool:
+        return self._optimizers is None or any(optimizer is one for one in self._optimizers)
+
+    def _with_acting_closure(
+        self, optimizer: Optimizer, key: int, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Act at the end of a closure's first evaluation: there the gradients are complete and the weights still as they were."""
+        calls = 0
+
+        def acting() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1 and self._actor is not None:
+                raise RuntimeError(self._actor.evaluates_again(optimizer))
+            result = closure()
+            self._guard(lambda recorder: recorder.before_step(key))
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": acting}
+        return tuple(acting if one is closure else one for one in args), kwargs
+
+    # -- inside --------------------------------------------------------------------------------------------------------------------
+
+    def _new_recorder(self, models: Mapping[str, nn.Module]) -> Recorder:
+        if self._started is None:
+            self._started = time.perf_counter()
+        recorder = Recorder(
+            models,
+            self._sampling,
+            blank_row=_weakly(self._blank_row),
+            recorded=_weakly(self._recorded),
+            on_row=_weakly(self._on_row),
+            on_meta=_weakly(self._on_meta),
+            act=self._actor,
+            scaler=self._scaler,
+            started=self._started,
+        )
+        for optimizer in self._optimizers or ():
+            if recorder.know(optimizer) is None:
+                raise ValueError(
+                    f"GradWatch(optimizer=...): this {type(optimizer).__name__} does not own a parameter of the watched model; name the one "
+                    "that steps it, or leave optimizer out"
+                )
+        return recorder
+
+    def _check_actors(self, models: Mapping[str, nn.Module]) -> None:
+        if self._actor is None:
+            return
+        mine = {id(p) for model in models.values() for p in model.parameters()}
+        for other in TAPE.listeners():
+            if not isinstance(other, GradWatch) or other is self or other._actor is None:
+                continue
+            theirs = (other._models or {}).values()
+            if any(id(p) in mine for model in theirs for p in model.parameters()):
+                raise RuntimeError(
+                    f"another GradWatch on this model already acts ({other._actor.asked}); two would act on each other's work. "
+                    f"Leave {self._actor.asked} out of this one, or detach the other first."
+                )
+
+    def _blank_row(self) -> NDArray[Any]:
+        assert self._history is not None
+        return self._history.blank_row()
+
+    def _recorded(self) -> int:
+        return 0 if self._history is None else self._history.recorded
+
+    def _on_meta(self, meta: Meta) -> None:
+        if self._history is None:
+            self._history = History(meta, self._sampling.window)
+        else:
+            self._history.set_meta(meta)
+
+    def _on_row(self, row: NDArray[Any]) -> None:
+        history = self._history
+        assert history is not None
+        history.append(row)
+        if self._recorder is not None:
+            history.pending = self._recorder.pending
+        self._judge(history)
+        if self._step_sinks:
+            record = history.record()
+            for sink in tuple(self._step_sinks):
+                if not self._safely(lambda sink=sink: sink(record), f"the on_step callable {_name(sink)}"):  # type: ignore[misc]
+                    self._step_sinks.remove(sink)
+
+    def _judge_pending(self) -> None:
+        """Backward passes that pile up or serve nobody have no record, and still tell something."""
+        recorder, history = self._recorder, self._history
+        if recorder is None or history is None:
+            return
+        pending = recorder.pending
+        if pending is not history.pending and (pending.unowned or (pending.backward_calls and pending.backward_calls % 16 == 0)):
+            history.pending = pending
+            self._judge(history)
+
+    def _judge(self, history: History) -> None:
+        for alert in self._incidents.judge(history):
+            if alert.state == "open" and self._recorder is not None:
+                self._recorder.suspect()
+            for sink in tuple(self._sinks):
+                if not self._safely(lambda sink=sink: sink(alert), f"the on_alert callable {_name(sink)}"):  # type: ignore[misc]
+                    self._sinks.remove(sink)
+
+    def _guard(self, do: Callable[[Recorder], T]) -> T | None:
+        """Run a part of the watch inside the user's loop: what fails there ends the watch, not the training."""
+        recorder = self._recorder
+        if recorder is None:
+            return None
+        start = time.perf_counter()
+        try:
+            return do(recorder)
+        except Deliberate as asked:
+            raise asked.error from None
+        except Exception:
+            self._notice(f"the watch failed and has switched itself off; please report this:\n{traceback.format_exc()}")
+            self._stop()
+            return None
+        finally:
+            self._spent += time.perf_counter() - start
+
+    def _safely(self, do: Callable[[], Any], what: str) -> bool:
+        """Call what belongs to somebody else; whether it returned."""
+        try:
+            do()
+        except Exception:
+            self._notice(f"{what} raised and is switched off:\n{traceback.format_exc()}")
+            return False
+        return True
+
+    def _notice(self, text: str) -> None:
+        if text in self._notices:
+            return
+        if len(self._notices) < MAX_NOTICES:
+            self._notices.append(text)
+        logger.warning("%s", text)
+
+    def _attached_recorder(self, name: str) -> Recorder:
+        if self._recorder is None:
+            raise RuntimeError(f"GradWatch.{name}() was called on a watch that is not attached; call it inside `with GradWatch(...)`")
+        return self._recorder
+
+    def _verdict(self) -> list[str]:
+        history = self.history
+        updates = history.recorded
+        return verdict(
+            history,
+            self._incidents.alerts,
+            cost_per_update=self._spent / updates if updates else float("nan"),
+            share=self._spent / self._elapsed if self._elapsed > 0 and updates else None,
+            unfinished=self._unfinished,
+            notices=len(self._notices),
+        )
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object alive: the parts of a watch must not make it immortal."""
+    ref = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        target = ref()
+        return None if target is None else target(*args)
+
+    return call
+
+
+def _name(sink: Any) -> str:
+    return str(getattr(sink, "__qualname__", None) or type(sink).__name__)
+
+
+def _detach_all() -> None:
+    """At the end of the process: a watch that was attached without a block still gives its verdict."""
+    for listener in list(TAPE.listeners()):
+        if isinstance(listener, GradWatch):
+            listener.detach()
+
+
+atexit.register(_detach_all)
