@@ -216,7 +216,9 @@ def mark(severity: Severity) -> str:
 
 def began(alert: Alert) -> str:
     """When: "at step 57" for a single update, "since step 0" for what lasts."""
-    return f"at step {alert.step}" if alert.last_step <= alert.step else f"since step {alert.step}"
+    # An optimizer that never steps closes no update, so its last one is its first.
+    single = alert.last_step <= alert.step and alert.rule != "never_stepped"
+    return f"{'at' if single else 'since'} step {alert.step}"
 
 
 def fit(text: str, encoding: str) -> str:

@@ -68,6 +68,16 @@ def test_at_80_columns_lines_break_between_words_with_a_hanging_indent() -> None
     assert sum(line.startswith("  Try: ") for line in lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("rule", "last_step", "when"),
+    [("gradient_spike", 7, "at step 7"), ("dead_units", 12, "since step 7"), ("never_stepped", 7, "since step 7")],
+)
+def test_a_single_update_is_at_a_step_and_what_lasts_is_since_one(rule: str, last_step: int, when: str) -> None:
+    sink, file = sink_at(200)
+    sink(alert(rule, step=7, last_step=last_step))
+    assert printed(file)[0].startswith(f"▲ gradwatch {when}: ")
+
+
 @pytest.mark.parametrize("name", ["attention[q]", "[bold]head[/bold]", "[/b]", "block:smile:", "w\\[0]"])
 def test_names_with_brackets_or_markup_are_printed_as_they_are(name: str) -> None:
     sink, file = sink_at(200)
