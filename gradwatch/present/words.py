@@ -88,7 +88,10 @@ def number(value: float) -> str:
 
 def times(ratio: float) -> str:
     """A factor: "×7.3", "×3.1e8"."""
-    return f"×{ratio:.1f}" if ratio < 100 else f"×{number(ratio)}"
+    if ratio < 10_000:
+        return f"×{ratio:.1f}" if ratio < 100 else f"×{ratio:.0f}"
+    mantissa, exponent = f"{ratio:.1e}".split("e")
+    return f"×{mantissa}e{int(exponent)}"
 
 
 def duration(seconds: float) -> str:
@@ -134,16 +137,13 @@ def where(alert: Alert, room: int = 2) -> str:
         return ""
     if tuple(names) == ("",):
         return "the model"
-    # A bare "3" (an nn.Sequential) would read as a count.
-    bare = any(name and not re.search(r"[^\W\d]", name) for name in names[: room + 1])
+    bare = any(name and not _reads_as_name(name) for name in names[: room + 1])
     return f"layer{'s' if len(names) > 1 else ''} {listed(names, room)}" if bare else listed(names, room)
 
 
 def names_it(sentence: str, name: str) -> bool:
     """The sentence already says this name, as a whole word. A name without letters is never taken as said: it may be a number."""
-    if not re.search(r"[^\W\d]", name):
-        return False
-    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", sentence) is not None
+    return _reads_as_name(name) and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", sentence) is not None
 
 
 def two_numbers(alert: Alert) -> str:
