@@ -340,7 +340,7 @@ def fall(history: History, *, last: int = RECENT, width: int = 78, ascii_only: b
     column = max(map(len, names))
     room = max(16, width - column - 8 - 12)
     mean = f"median of {words.plural(min(last, len(history)), 'update')}"
-    picture = Text(f"gradient norm by layer, {mean}, log scale{of}\n", "bold")
+    picture = Text().append(f"gradient norm by layer, {mean}, log scale{of}\n", "bold")
     for k, (i, name) in enumerate(zip(path, names, strict=True)):
         end = "loss" if k == 0 else "input" if k == len(path) - 1 else ""
         depth = high - math.log10(norms[i]) if i in set(drawn) else math.inf
@@ -356,9 +356,9 @@ def fall(history: History, *, last: int = RECENT, width: int = 78, ascii_only: b
         said = (
             "about level"
             if total < 2
-            else f"{'falls' if ratio > 1 else 'grows'} {words.times(total)}, {words.times(each)} a layer,"
+            else f"{'falls' if ratio > 1 else 'grows'} {words.times(total)} ({words.times(each)} a layer)"
         )
-        said += f" from {layers.names[drawn[0]] or '(model)'} to {layers.names[drawn[-1]] or '(model)'}"
+        said += f" from {words.layer(layers.names[drawn[0]])} to {words.layer(layers.names[drawn[-1]])}"
         picture.append("\n" + words.fit(said, encoding))
     return picture
 

@@ -146,6 +146,16 @@ def names_it(sentence: str, name: str) -> bool:
     return _reads_as_name(name) and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", sentence) is not None
 
 
+def layer(name: str) -> str:
+    """One layer in a sentence: its name, "layer 3" for a bare number, "(model)" for the root."""
+    return (name if _reads_as_name(name) else f"layer {name}") if name else "(model)"
+
+
+def _reads_as_name(name: str) -> bool:
+    """It has a letter: a bare "3", of an nn.Sequential, would read as a count."""
+    return re.search(r"[^\W\d]", name) is not None
+
+
 def two_numbers(alert: Alert) -> str:
     """The first two numbers of the evidence, for a message that holds none: "ratio 3.1e-9, peers 0.12"."""
     pairs = list(alert.evidence.items())[:2]
