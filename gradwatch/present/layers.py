@@ -86,7 +86,10 @@ class Layers:
         return result
 
     def states(self, history: History, alerts: Sequence[Alert]) -> list[str]:
-        """One for each: the worst rule that holds it to be sick ("+1": and another), else "frozen", "no gradient" or "ok"."""
+        """One for each: the worst rule that holds it sick ("+1": and another), else "frozen", "no gradient", "NaN/Inf" or "ok".
+
+        "NaN/Inf" is a consequence: the last gradient was not finite, and the alert names the layer where that began.
+        """
         sick: list[list[Alert]] = [[] for _ in self.names]
         at = {name: i for i, name in enumerate(self.names)}
         owner = {history.parameters[c]: i for i, columns in enumerate(self.columns) for c in columns.tolist()}
@@ -97,6 +100,7 @@ class Layers:
                 sick[i].append(alert)
         trainable = history.meta.trainable
         reached = np.bitwise_or.reduce(history.recent("grad_state", None), axis=0, initial=0) & int(GradState.REACHED) > 0
+        poisoned = np.isinf(latest(self.grad_norms(history)))
         states = []
         for i, columns in enumerate(self.columns):
             if sick[i]:
@@ -104,8 +108,10 @@ class Layers:
                 states.append(rules[0] if len(rules) == 1 else f"{rules[0]} +{len(rules) - 1}")
             elif not trainable[columns].any():
                 states.append("frozen")
+            elif not reached[columns].any():
+                states.append("no gradient")
             else:
-                states.append("ok" if reached[columns].any() else "no gradient")
+                states.append("NaN/Inf" if poisoned[i] else "ok")
         return states
 
     def _places(self, alert: Alert, at: dict[str, int], owner: dict[str, int]) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Final
 
@@ -164,9 +165,15 @@ def summary(
         )
     for alert in alerts:
         lines += ["", *_told_in_full(alert)]
+    lines += [""] * bool(notices) + [f"notice: {notice}" for notice in notices]
+    lines = [row for line in lines for row in _wrapped(line)]
     lines += ["", *_text_table(history, alerts)]
-    lines += [f"notice: {notice}" for notice in notices]
     return "\n".join(words.fit(line, "ascii").rstrip() for line in lines)
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * 9 if line[:8].rstrip().endswith(":") else "    " if line.startswith("  ") else "  "
+    return textwrap.wrap(line, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _told_in_full(alert: Alert) -> list[str]:
@@ -232,7 +239,7 @@ def _in_short(alert: Alert) -> str:
 
 def _text_table(history: History, alerts: Sequence[Alert]) -> list[str]:
     rows, left_out = _rows(history, alerts, ascii_only=True)
-    cells = [_HEAD, *rows]
+    cells = [("layer", "type", "grad norm", "trend", "weights", "update", "state"), *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
     lines = [
         "  ".join(

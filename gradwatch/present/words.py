@@ -17,7 +17,7 @@ RULE_WORDS: Final = {
     "non_finite_input": "NaN or Inf in the input",
     "zero_gradient": "gradient exactly zero",
     "gradients_not_zeroed": "gradients not zeroed between updates",
-    "not_in_optimizer": "trained by no optimizer",
+    "not_in_optimizer": "parameters without an optimizer",
     "never_stepped": "the optimizer never steps",
     "frozen_weights": "weights do not move",
     "update_ratio_too_large": "updates too large for the weights",

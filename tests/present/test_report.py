@@ -179,6 +179,13 @@ def test_the_state_of_a_layer_comes_from_open_alarms_on_it_or_above_it() -> None
     assert states(alert("x", layers=("other",)), alert("y", layers=("other",), severity=Severity.ERROR))[2] == "y +1"
 
 
+def test_a_layer_whose_last_gradient_was_not_finite_is_not_called_ok() -> None:
+    bad = [[0.0, 0.0]] * 11 + [[5.0, 0.0]]
+    history = history_of({"a": ("weight",), "b": ("weight",)}, np.ones((12, 2)), grad_nonfinite=bad)
+    assert Layers.of(history).states(history, []) == ["NaN/Inf", "ok"]
+    assert row_of(drawn(history), "a").split()[2:4] == ["NaN/Inf", "▅" * 9 + "!"]
+
+
 def test_the_table_of_a_thousand_layers_is_a_screenful_and_shows_the_sick_ones() -> None:
     layers = {f"layers.{i}": ("weight",) for i in range(1000)}
     history = history_of(layers, np.ones((12, 1000)))
@@ -300,6 +307,7 @@ def test_the_summary_tells_everything_in_ascii() -> None:
     assert text.isascii()
     assert "WARNING vanishing_gradient (open), seen in 11 updates from step 0 to 10" in text
     assert "  where: layers.0, layers.1, layers.2, layers.3 and layers.4" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert "  why:   each sigmoid passes on at most a quarter of the gradient." in text
     assert "  try:   use ReLU or GELU in its place." in text
     assert "INFO missing_gradient" in text
