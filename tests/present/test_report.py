@@ -312,7 +312,7 @@ def test_the_summary_tells_everything_in_ascii() -> None:
     assert "  try:   use ReLU or GELU in its place." in text
     assert "INFO missing_gradient" in text
     assert "loss 2.3 -> 2.2" in text
-    assert "cost 40 us an update, under 0.1 %" in text
+    assert "cost 40 us an update, under 0.1 %" in " ".join(text.split())
     assert "notice: attached after compiling" in text
     assert len(re.findall(r"^layers\.\d ", text, re.MULTILINE)) == 6
 
