@@ -210,8 +210,13 @@ class Clock:
         assert self.open is not None
         return self._close(Outcome.STEPPED if self.open.stepped else Outcome.BY_HAND)
 
-    def exit(self, moved: Callable[[], bool]) -> Outcome | None:
-        """The block is left."""
+    def exit(self, moved: Callable[[], bool], left_out: Callable[[], bool] = bool) -> Outcome | None:
+        """The block is left.
+
+        Args:
+            moved: whether a weight the open record reached has moved since it was read.
+            left_out: whether it is known that no step will follow, because a GradScaler left it out.
+        """
         self._steps.clear()
         self.in_backward = False
         record = self.open
@@ -221,7 +226,9 @@ class Clock:
             return self._close()
         if record.foreign_step:
             return self._close(Outcome.DROPPED)
-        return self._close(Outcome.BY_HAND if moved() else Outcome.UNFINISHED)
+        if moved():
+            return self._close(Outcome.BY_HAND)
+        return self._close(Outcome.SKIPPED if left_out() else Outcome.UNFINISHED)
 
     # -- inside --------------------------------------------------------------------------------------------------------------------
 

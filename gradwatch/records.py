@@ -90,6 +90,7 @@ def _table() -> dict[str, Statistic]:
         ("delta_nonfinite", la, "f4", "elements", "NaN and Inf elements of that gradient"),
         ("gain", la, "f4", "", "norm of the delta below the module over the norm of the delta above it"),
         ("loss", u, "f4", "loss", "sum of the roots of the record's backward passes over the loss scale"),
+        ("loss_terms", u, "f4", "", "scalar roots of backward passes (or told values) that `loss` is made of; 0 = it was not seen"),
         ("total_norm", u, "f4", "loss/weight", "2-norm over all parameters whose owner stepped, before clipping"),
         ("clip_coef", u, "f4", "", "smallest factor applied to a gradient between the read and the step; 1 = none"),
         ("skipped", u, "?", "", "no weight was changed by this record"),

@@ -111,6 +111,7 @@ class GradWatch:
         self._spent = self._elapsed = 0.0
         self._entered = 0.0
         self._unfinished = 0
+        self._updates_watched = 0
         self.home = 0
         """Ident of the thread it was attached in."""
 
@@ -238,7 +239,10 @@ class GradWatch:
 
     def summary(self) -> str:
         """What was found and how the layers stand, as text of several lines."""
-        return summary(self.history, self.alerts)
+        cost, share = self._cost()
+        return summary(
+            self.history, self.alerts, cost_per_update=cost, share=share, unfinished=self._unfinished, notices=self._notices
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield table(self.history, self.alerts, ascii_only=options.ascii_only)
@@ -377,6 +381,7 @@ class GradWatch:
         history = self._history
         assert history is not None
         history.append(row)
+        self._updates_watched += 1
         if self._recorder is not None:
             history.pending = self._recorder.pending
         self._judge(history)
@@ -443,16 +448,23 @@ class GradWatch:
         return self._recorder
 
     def _verdict(self) -> list[str]:
-        history = self.history
-        updates = history.recorded
+        cost, share = self._cost()
         return verdict(
-            history,
+            self.history,
             self._incidents.alerts,
-            cost_per_update=self._spent / updates if updates else float("nan"),
-            share=self._spent / self._elapsed if self._elapsed > 0 and updates else None,
+            cost_per_update=cost,
+            share=share,
             unfinished=self._unfinished,
             notices=len(self._notices),
         )
+
+    def _cost(self) -> tuple[float, float | None]:
+        """Seconds an update that the watch took, and as a share of the time it was attached."""
+        updates = self._updates_watched
+        if not updates:
+            return float("nan"), None
+        elapsed = self._elapsed + (time.perf_counter() - self._entered if self._attached else 0.0)
+        return self._spent / updates, self._spent / elapsed if elapsed > 0 else None
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

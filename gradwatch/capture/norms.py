@@ -168,10 +168,10 @@ def _line(tensor: Tensor) -> Tensor | None:
 
 def exact(tensor: Tensor) -> tuple[float, int]:
     """The 2-norm in float64 and the number of NaN and Inf elements: two passes and a synchronisation, for suspicious tensors only."""
-    tensor = dense(tensor)
-    tensor = as_real(tensor.detach())
+    tensor = dense(tensor.detach())
     tensor = getattr(tensor, "_local_tensor", tensor)
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    tensor = as_real(tensor)
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)), bad
 
 

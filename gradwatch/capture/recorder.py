@@ -46,12 +46,14 @@ class Draft:
     ratio: NDArray[np.float64]
     lr: NDArray[np.float64]
     state: NDArray[np.uint8]
-    loss: float = float("nan")
+    loss: float = 0.0
+    terms: int = 0
     told: list[float] = field(default_factory=list)
     scale: float = 1.0
     by_scaler: bool = False
     clip_coef: float = 1.0
     in_pre: set[int] = field(default_factory=set)
+    noted: set[int] = field(default_factory=set)
     remote: list[int] = field(default_factory=list)
     remote_loss: bool = False
 
@@ -276,14 +278,9 @@ class Recorder:
             return
         mine = self.owners.slots(key)
         reached = [slot for slot in mine if slot in record.reached]
-        self.owners.write_lr(key, draft.lr)
+        self._note_use(draft, key)
         gone = self.gradients.gone(reached)
         draft.flag(gone, GradState.CLEARED)
-        stale = self.gradients.stale
-        if stale.any():
-            for slot in mine:
-                if stale[slot] and self.table.params[slot].grad is not None and not self.gradients.cleared([slot]):
-                    draft.flag(slot, GradState.STALE)
         if draft.full and not all(self.weights.taken[mine]):
             self.weights.take_before([slot for slot in mine if not self.weights.taken[slot]])
         there = [slot for slot in reached if not draft.state[slot] & GradState.CLEARED] if gone else reached
@@ -324,6 +321,15 @@ class Recorder:
         if abs(coef - 1.0) > UNCHANGED:
             self._clipped(draft, there, coef * (draft.clip_coef if touched else 1.0))
 
+    def _note_use(self, draft: Draft, key: int) -> None:
+        """The learning rate of the step, and the gradients in it that are left from an earlier one."""
+        draft.noted.add(key)
+        self.owners.write_lr(key, draft.lr)
+        if self.gradients.stale.any():
+            for slot in self.owners.slots(key):
+                if self.gradients.stale[slot] and not self.gradients.cleared([slot]):
+                    draft.flag(slot, GradState.STALE)
+
     def post_step(self, optimizer: Optimizer) -> None:
         """A step has returned."""
         key, _ = self.owners.adopt(optimizer)
@@ -338,6 +344,8 @@ class Recorder:
         outermost = self.clock.steps_running() <= 1
         mine = self.owners.slots(key)
         if outermost:
+            if draft is not None and key not in draft.noted:
+                self._note_use(draft, key)  # its gradients came from a closure inside the step
             self.gradients.used(mine)
         if record is not None and draft is not None and outermost:
             if not found_inf and any(slot in record.reached for slot in mine):
@@ -365,7 +373,7 @@ class Recorder:
 
     def exit(self) -> None:
         """The block is left."""
-        outcome = self.clock.exit(self._moved)
+        outcome = self.clock.exit(self._moved, self._left_out_by_scaler)
         if outcome is not None:
             self._finish(outcome)
         self.drain()
@@ -400,10 +408,10 @@ class Recorder:
     def _read(self, slots: list[int]) -> None:
         draft = self._draft
         if draft is None:
-            cadence = frozenset(self.owners.owner_of[slot] for slot in slots if slot in self.owners.owner_of)
+            cadence = self._cadence(slots)
             count = self._counts.get(cadence, 0)
             dense, every = self._sampling.dense, self._sampling.every
-            full = count < dense or (count - dense) % every == 0
+            full = count < dense or count % every == 0
             draft = self._draft = Draft.blank(len(self.table), full, cadence)
         self.gradients.read(slots)
         draft.norm[slots] = self.gradients.norm[slots]
@@ -412,6 +420,10 @@ class Recorder:
         draft.remote = sorted({*draft.remote, *self.gradients.lagging})
         if draft.full or not draft.cadence:
             self._sample(draft, slots)
+
+    def _cadence(self, slots: Iterable[int]) -> frozenset[int]:
+        owner_of = self.owners.owner_of
+        return frozenset(owner_of[slot] for slot in slots if slot in owner_of)
 
     def _sample(self, draft: Draft, slots: list[int]) -> None:
         """The weights before the step: the sample of all that the owners of `slots` hold, the norms of `slots`."""
@@ -455,10 +467,11 @@ class Recorder:
         if draft.full:
             draft.weight_norm[slots] = values[WEIGHTS, slots]
         if draft.remote_loss:
-            draft.loss = np.nan_to_num(draft.loss, nan=0.0) + values[SCALARS, LOSS]
+            draft.loss += float(values[SCALARS, LOSS])
 
     def _add_loss(self, draft: Draft, roots: Sequence[Any]) -> None:
         for root in roots:
+            draft.terms += 1
             slab = self._reader.slabs.get(root.device)
             if slab is not None:
                 slab.add_loss(root)
@@ -466,7 +479,7 @@ class Recorder:
             else:
                 value = root.detach()
                 value = float(value.real if value.is_complex() else value)
-                draft.loss = value if draft.loss != draft.loss and not draft.remote_loss else draft.loss + value
+                draft.loss = value if draft.terms == 1 else draft.loss + value
 
     def _take_scale(self, draft: Draft) -> None:
         if self._pending_scale is not None:
@@ -517,6 +530,14 @@ class Recorder:
         record = self.clock.open
         return record is not None and self.weights.moved(sorted(record.reached))
 
+    def _left_out_by_scaler(self) -> bool:
+        """Under a GradScaler gradients that are not finite are never stepped: the update is over, though nothing followed it."""
+        draft = self._draft
+        if draft is None or not draft.by_scaler:
+            return False
+        self._await()
+        return not np.isfinite(draft.norm[draft.state > 0]).all()
+
     def _held(self, key: int) -> set[int]:
         return self.gradients.held(self.owners.slots(key) if self.clock.in_backward else range(len(self.table)))
 
@@ -557,7 +578,8 @@ class Recorder:
                 self._by_hand(draft, record)
             if not draft.told and not self.clock.in_backward:
                 self._take_told(draft)
-            self._counts[draft.cadence] = self._counts.get(draft.cadence, 0) + 1
+            cadence = self._cadence(record.reached)
+            self._counts[cadence] = self._counts.get(cadence, 0) + 1
             self._foreign_steps = self._unowned = 0
             closed = _Closed(outcome, record, draft, dict(self.owners.owner_of), time.perf_counter() - self._started)
             self._queue.append(closed)
@@ -617,12 +639,16 @@ class Recorder:
             row["grad_norm"][at] = draft.norm[shown] / scale
             row["grad_nonfinite"][at] = draft.nonfinite[shown]
             row["weight_norm"][at] = draft.weight_norm[shown]
-            row["update_ratio"][at] = draft.ratio[shown]
+            stepped = (draft.state & GradState.STEPPED > 0) & (columns >= 0)
+            changed = (shown | stepped) & ~np.isnan(draft.ratio)
+            row["update_ratio"][columns[changed]] = draft.ratio[changed]
             flagged = (draft.state != 0) & (columns >= 0)
             row["grad_state"][columns[flagged]] = draft.state[flagged]
-            stepped = (draft.state & GradState.STEPPED > 0) & (columns >= 0)
             row["lr"][columns[stepped]] = draft.lr[stepped]
-            row["loss"] = np.mean(draft.told) if draft.told else draft.loss / scale
+            if draft.told:
+                row["loss"], row["loss_terms"] = np.mean(draft.told), len(draft.told)
+            else:
+                row["loss"], row["loss_terms"] = draft.loss / scale if draft.terms else np.nan, draft.terms
             row["total_norm"] = total
         skipped = outcome in (Outcome.SKIPPED, Outcome.FOUND_INF)
         reason = SkipReason.NONE

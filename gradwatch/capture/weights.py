@@ -65,9 +65,7 @@ class WeightSample:
     def take_after(self, slots: Sequence[int]) -> None:
         """Sample the weights of `slots` as they are after it."""
         with torch.no_grad():
-            if self._stale():
-                self._refresh()
-                self.taken[:] = False
+            self._refresh()
             for group in self._groups:
                 group.take(slots, after=True)
 
@@ -82,7 +80,8 @@ class WeightSample:
             for group in self._groups:
                 before, after = _host(group.before), _host(group.after)
                 step = after - before
-                moved = np.add.reduceat(before != after, group.starts, dtype=np.int64) if before.size else np.zeros(0)
+                differs = (before != after) & ~(np.isnan(before) & np.isnan(after))
+                moved = np.add.reduceat(differs, group.starts, dtype=np.int64) if before.size else np.zeros(0)
                 above = np.add.reduceat(step * step, group.starts) if before.size else np.zeros(0)
                 below = np.add.reduceat(before * before, group.starts) if before.size else np.zeros(0)
                 ratio[group.slots] = np.where(below > 0, np.sqrt(above / below), np.nan)
@@ -91,12 +90,19 @@ class WeightSample:
         return ratio[list(slots)], changed[list(slots)]
 
     def moved(self, slots: Sequence[int]) -> bool:
-        """Whether a sampled element of `slots` differs from what it was before; False where no sample was taken."""
+        """Whether a sampled element of `slots` differs from what it was before; False where no sample was taken.
+
+        A NaN may have been written over a NaN, so that weights that are not numbers count as moved.
+        """
         slots = [slot for slot in slots if self.taken[slot]]
         if not slots:
             return False
         self.take_after(slots)
-        return bool(self.ratios(slots)[1].any())
+        ratio, changed = self.ratios(slots)
+        return bool(changed.any()) or bool(np.isnan(ratio).any() and self._any_nan(slots))
+
+    def _any_nan(self, slots: Sequence[int]) -> bool:
+        return any(bool(torch.isnan(self._params[slot]).any()) for slot in slots)
 
     def forget(self) -> None:
         """The update is over."""
@@ -109,7 +115,6 @@ class WeightSample:
         """Make the views anew where a parameter's memory was moved (`.to`, `p.data = ...`) or materialised."""
         if not self._stale():
             return
-        self.taken = np.zeros(len(self._params), bool)
         self._pointers = [p.data_ptr() if materialised(p) else 0 for p in self._params]
         found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
         with torch.inference_mode(False):
@@ -120,7 +125,14 @@ class WeightSample:
                     slots, views = found.setdefault((view.device, dtype), ([], []))
                     slots.append(slot)
                     views.append(view)
+            old = {tuple(group.slots): group for group in self._groups}
             self._groups = [_Group(slots, views, dtype, device) for (device, dtype), (slots, views) in found.items()]
+            for group in self._groups:
+                known = old.get(tuple(group.slots))
+                if known is not None and known.before.shape == group.before.shape and known.before.dtype == group.before.dtype:
+                    group.before.copy_(known.before)
+                else:
+                    self.taken[group.slots] = False
 
 
 def _sample(parameter: Tensor) -> Tensor | None:
