@@ -113,7 +113,8 @@ class ConsoleSink:
             width = console.width
         elif sys.stderr is not None:
             console = Console(file=cast(IO[str], _Stderr(sys.stderr)))
-            width = console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else 0
+            has_width = console.is_terminal or console.is_jupyter or os.environ.get("COLUMNS", "").isdigit()
+            width = console.width if has_width else 0
         else:
             return
         finished = [row for line in lines for row in _finished(line, console.encoding, width)]
@@ -266,10 +267,11 @@ class _Stderr:
         return cast(int, self._file.write(text))
 
     def flush(self) -> None:
-        self._file.flush()
+        if hasattr(self._file, "flush"):  # loggers put in the place of stderr have write() and little else
+            self._file.flush()
 
     def isatty(self) -> bool:
-        return bool(self._file.isatty())
+        return bool(hasattr(self._file, "isatty") and self._file.isatty())
 
     def fileno(self) -> int:
         return cast(int, self._file.fileno())

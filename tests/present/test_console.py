@@ -286,6 +286,13 @@ def test_stderr_is_looked_up_at_every_print(monkeypatch: pytest.MonkeyPatch) -> 
         assert f"in {name}:" in file.getvalue()
 
 
+def test_a_stderr_that_can_only_write_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append))
+    ConsoleSink()(alert())
+    assert "".join(written).startswith("▲ gradwatch since step 0: vanishing gradient")
+
+
 def test_without_a_stderr_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     ConsoleSink()(alert())
