@@ -7,153 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import Baselines
+from gradwatch.facts import LayerFact, Meta, ParameterFact, Pending
 from gradwatch.records import SCHEMA, STATISTICS, StepRecord
+
+__all__ = ["MAX_BYTES", "History", "LayerFact", "Meta", "ParameterFact", "Pending", "RingBuffer"]
 
 MAX_BYTES = 64 * 2**20
 """Upper bound of the ring buffer. 64 MB is below 1 % of the memory of any machine that trains 10,000 layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterFact:
-    """What does not change about one parameter.
-
-    Attributes:
-        name: qualified name, of the unwrapped model; a tied parameter stands once, under its first name.
-        layer: qualified name of the module that holds it.
-        shape: its shape; () for a scalar and for a parameter that is not materialised yet.
-        dtype: for example "float32".
-        trainable: requires a gradient.
-        owner: the optimizer that steps it, as "AdamW#0", or None while none is known.
-        init_rms: root mean square when attached (NaN: not known).
-        equal_rows: all rows were equal when attached (a constant or zero initialisation); False for vectors.
-        order: rank in the order of execution found in the autograd graph, from 0 at the input; None: never seen in a graph.
-        distance: least number of autograd nodes between the loss and this parameter; None: never seen in a graph.
-        in_scope: not left out by `Sampling.include` and `exclude`.
-    """
-
-    name: str
-    layer: str
-    shape: tuple[int, ...] = ()
-    dtype: str = "float32"
-    trainable: bool = True
-    owner: str | None = None
-    init_rms: float = float("nan")
-    equal_rows: bool = False
-    order: int | None = None
-    distance: int | None = None
-    in_scope: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFact:
-    """What does not change about one module.
-
-    Attributes:
-        name: qualified name; the root is "" (or the key of a mapping of models).
-        type: class name, for example "Linear".
-        kind: what it is: "activation", "normalization", "linear", "convolution", "recurrent", "embedding", "attention", "dropout",
-            "container" or "other".
-        order: rank of its first parameter in the order of execution, or None.
-        role: "input", "hidden", "head" or "" while unknown.
-        activation: for an activation its torch class name, else None.
-        in_scope: not left out by `Sampling.include` and `exclude`.
-    """
-
-    name: str
-    type: str = "Module"
-    kind: str = "other"
-    order: int | None = None
-    role: str = ""
-    activation: str | None = None
-    in_scope: bool = True
-
-
-@dataclass(frozen=True)
-class Meta:
-    """The static facts of a run; rewritten when the model or what is known of it changes.
-
-    Attributes:
-        parameters: one fact a column of the per-parameter statistics.
-        layers: one fact a column of the per-layer statistics.
-        outside: shapes of trainable leaves of the autograd graph that belong to no registered parameter and to no optimizer.
-        outside_in_model: those of them that were found in the attributes of a watched module (a layer in a plain list), by path.
-        opaque: the graph holds nodes that hide what is below them (reentrant checkpoint, compiled region, custom function).
-        unreached: trainable parameters that no path of any graph walked so far reaches; () where a graph was opaque.
-        schema: number of the layout.
-    """
-
-    parameters: tuple[ParameterFact, ...] = ()
-    layers: tuple[LayerFact, ...] = ()
-    outside: tuple[tuple[int, ...], ...] = ()
-    outside_in_model: tuple[str, ...] = ()
-    opaque: bool = False
-    unreached: tuple[str, ...] = ()
-    schema: int = SCHEMA
-
-    @cached_property
-    def trainable(self) -> NDArray[np.bool_]:
-        """`[P]`."""
-        return np.array([f.trainable for f in self.parameters], bool)
-
-    @cached_property
-    def owned(self) -> NDArray[np.bool_]:
-        """`[P]`: an optimizer is known that owns it."""
-        return np.array([f.owner is not None for f in self.parameters], bool)
-
-    @cached_property
-    def in_scope(self) -> NDArray[np.bool_]:
-        """`[P]`."""
-        return np.array([f.in_scope for f in self.parameters], bool)
-
-    @cached_property
-    def ndim(self) -> NDArray[np.int64]:
-        """`[P]`."""
-        return np.array([len(f.shape) for f in self.parameters], np.int64)
-
-    @cached_property
-    def numel(self) -> NDArray[np.int64]:
-        """`[P]`."""
-        return np.array([int(np.prod(f.shape)) for f in self.parameters], np.int64)
-
-    @cached_property
-    def order(self) -> NDArray[np.float64]:
-        """`[P]`: rank in the order of execution, NaN where unknown."""
-        return np.array([np.nan if f.order is None else f.order for f in self.parameters], float)
-
-    @cached_property
-    def distance(self) -> NDArray[np.float64]:
-        """`[P]`: autograd nodes between the loss and the parameter, NaN where unknown."""
-        return np.array([np.nan if f.distance is None else f.distance for f in self.parameters], float)
-
-    @cached_property
-    def layer_index(self) -> NDArray[np.int64]:
-        """`[P]`: column of each parameter's module among the layers."""
-        at = {f.name: i for i, f in enumerate(self.layers)}
-        return np.array([at.get(f.layer, -1) for f in self.parameters], np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """What has happened since the last closed record and is not in it.
-
-    Attributes:
-        backward_calls: backward passes in the open record.
-        unowned: backward passes dropped since the last record because only optimizers of other models stepped.
-        foreign_steps: steps of optimizers that own nothing watched, since the last record.
-        ever_stepped: an owner of a watched parameter has stepped, or a watched weight has been changed by hand, at least once.
-    """
-
-    backward_calls: int = 0
-    unowned: int = 0
-    foreign_steps: int = 0
-    ever_stepped: bool = False
 
 
 class RingBuffer:
@@ -215,7 +81,7 @@ class History:
     meta: Meta
     window: int = 512
     baselines: Baselines = field(default_factory=lambda: Baselines(0))
-    pending: Pending = Pending()
+    pending: Pending = field(default_factory=Pending)
     ended: bool = False
     max_bytes: int = MAX_BYTES
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from gradwatch.capture.parameters import named_modules, unwrap
+from gradwatch.capture.description import in_scope
+from gradwatch.capture.parameters import named_modules
 from gradwatch.records import Sampling
 
 
@@ -22,9 +23,9 @@ def models(given: object) -> dict[str, nn.Module]:
         if not given:
             raise ValueError("GradWatch({}): the mapping is empty; give it at least one model, as {'generator': nn.Module, ...}")
         for key, model in given.items():
+            _check_model(model, f"the model {key!r}")
             if not isinstance(key, str) or not key or "." in key:
                 raise TypeError(f"GradWatch: the key {key!r} names a model and must be a non-empty str without a dot")
-            _check_model(model, f"the model {key!r}")
         found = dict(given)
     else:
         _check_model(given, "model")
@@ -43,7 +44,7 @@ def _check_model(model: object, name: str) -> None:
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {_short(model)}"
         raise TypeError(f"GradWatch: {name} is {given}; it needs an nn.Module, or a mapping of names to nn.Module")
-    for module in unwrap(model).modules():
+    for module in (model, *model.modules()):
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
                 f"GradWatch: {name} is or holds a {type(module).__name__} (TorchScript), which runs outside Python's sight. Watch the eager "
@@ -142,8 +143,6 @@ def sampling(given: object, watched: Mapping[str, nn.Module]) -> Sampling:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 some = ", ".join(repr(name) for name in names if name)[:160]
                 raise ValueError(f"Sampling({keyword}=...): the pattern {pattern!r} does not match any module; there are {some}")
-    from gradwatch.capture.facts import in_scope
-
     if not any(in_scope(name, given.include, given.exclude) for name in names):
         raise ValueError(
             f"Sampling(include={given.include!r}, exclude={given.exclude!r}): nothing is left to watch; leave at least one module in scope"

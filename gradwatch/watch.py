@@ -9,6 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,8 @@ from gradwatch.capture.recorder import Deliberate, Recorder
 from gradwatch.capture.tape import TAPE
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules
-from gradwatch.history import History, Meta
+from gradwatch.facts import Meta
+from gradwatch.history import History
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
 from gradwatch.protect.clip import Actor, Clipper
@@ -388,7 +390,7 @@ class GradWatch:
         if self._step_sinks:
             record = history.record()
             for sink in tuple(self._step_sinks):
-                if not self._safely(lambda sink=sink: sink(record), f"the on_step callable {_name(sink)}"):  # type: ignore[misc]
+                if not self._safely(partial(sink, record), f"the on_step callable {_name(sink)}"):
                     self._step_sinks.remove(sink)
 
     def _judge_pending(self) -> None:
@@ -406,7 +408,7 @@ class GradWatch:
             if alert.state == "open" and self._recorder is not None:
                 self._recorder.suspect()
             for sink in tuple(self._sinks):
-                if not self._safely(lambda sink=sink: sink(alert), f"the on_alert callable {_name(sink)}"):  # type: ignore[misc]
+                if not self._safely(partial(sink, alert), f"the on_alert callable {_name(sink)}"):
                     self._sinks.remove(sink)
 
     def _guard(self, do: Callable[[Recorder], T]) -> T | None:
@@ -444,7 +446,9 @@ class GradWatch:
 
     def _attached_recorder(self, name: str) -> Recorder:
         if self._recorder is None:
-            raise RuntimeError(f"GradWatch.{name}() was called on a watch that is not attached; call it inside `with GradWatch(...)`")
+            raise RuntimeError(
+                f"GradWatch.{name}() was called on a watch that is not attached; call it inside `with GradWatch(...)`"
+            )
         return self._recorder
 
     def _verdict(self) -> list[str]:

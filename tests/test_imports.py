@@ -16,17 +16,18 @@ PACKAGE = Path(__file__).parent.parent / "gradwatch"
 ROOMS = {
     "records": set(),
     "baselines": {"records"},
+    "facts": {"records"},
     "clock": {"records"},
-    "history": {"records", "baselines"},
-    "diagnose": {"history", "baselines", "records"},
-    "present": {"history", "baselines", "records"},
-    "capture": {"records", "clock"},
+    "history": {"records", "facts", "baselines"},
+    "diagnose": {"history", "facts", "baselines", "records"},
+    "present": {"history", "facts", "baselines", "records"},
+    "capture": {"records", "facts", "clock"},
     "protect": {"records"},
     "investigate": {"records"},
 }
 """Which rooms a room may import, besides itself. What is not listed (watch, __init__, __main__, integrations) may import all."""
 
-TORCH_FREE = ("records", "baselines", "clock", "history", "diagnose", "present")
+TORCH_FREE = ("records", "facts", "baselines", "clock", "history", "diagnose", "present")
 FORBIDDEN = ("torch", "torchvision", "lightning", "transformers")
 
 

@@ -52,6 +52,7 @@ class Gradients:
         self.lagging: list[int] = []
         self._just_stepped: NDArray[np.bool_] = np.zeros(size, bool)
         self._used: dict[int, _Mark] = {}
+        self._held: dict[int, list[Tensor]] = {}
         self._leftover: dict[int, _Mark] = {}
         self._armed = 3
         self._zeros: NDArray[np.int64] = np.zeros(size, np.int64)
@@ -69,6 +70,7 @@ class Gradients:
                 self._just_stepped[:] = False
             if self.stale.any():
                 self.stale[:] = False
+                self._held.clear()
             return
         self._versions = [0 if g is None else g._version for g in before]
         self._look_for_leftovers(before)
@@ -206,12 +208,29 @@ class Gradients:
                 if g is not None:
                     self._used[slot] = (id(g), g._version)
 
+    def uses_stale(self, slots: Iterable[int]) -> list[int]:
+        """Those of `slots` whose gradient still holds one that its owner used at its previous step: asked right before a step."""
+        if not self.stale.any():
+            return []
+        found = []
+        for slot in slots:
+            if not self.stale[slot]:
+                continue
+            g = self._params[slot].grad
+            # What is still on a device has been asked for long ago; only here is it waited for.
+            if g is None or not all(bool(held) for held in self._held.pop(slot, ())) or _is_zero(g):
+                self.stale[slot] = False
+            else:
+                found.append(slot)
+        return found
+
     def _look_for_leftovers(self, before: list[Tensor | None]) -> None:
         """At the first backward after a step: gradients that are still there, unchanged, are stale until somebody clears them."""
         for slot in np.flatnonzero(self.stale).tolist():
             g = before[slot]
-            if g is None or _is_zero(g):
+            if g is None or not self._holds_something(slot, g):
                 self.stale[slot] = False
+                self._held.pop(slot, None)
         if not self._just_stepped.any():
             return
         for slot in np.flatnonzero(self._just_stepped).tolist():
@@ -220,19 +239,29 @@ class Gradients:
                 continue
             self._armed = 3
             used = self._used.get(slot)
-            if used is not None and used == (id(g), g._version) and not _is_zero(g):
+            if used is not None and used == (id(g), g._version) and self._holds_something(slot, g):
                 self.stale[slot] = True
         self._just_stepped[:] = False
         self._used.clear()
+
+    def _holds_something(self, slot: int, gradient: Tensor) -> bool:
+        """Whether a gradient is not all zero. On a device that is asked for now and answered later: for the time being, yes."""
+        if gradient.device.type == "cpu":
+            return not _is_zero(gradient)
+        with torch.no_grad():
+            self._held.setdefault(slot, []).append(dense(gradient).any())
+        return True
 
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel()
 
 
-def _is_zero(tensor: Tensor) -> bool:
+def _is_zero(gradient: Tensor) -> bool:
     with torch.no_grad():
-        tensor = dense(tensor)
+        tensor = dense(gradient.detach())
         tensor = getattr(tensor, "_local_tensor", tensor)
-        head = tensor.reshape(-1)[:64] if tensor.is_contiguous() else tensor
-        return not bool(head.any()) and not bool(tensor.any())
+        if tensor.device.type == "cpu" and tensor.dtype is not torch.bfloat16:
+            values = tensor.numpy()
+            return not values.flat[:64].any() and not values.any()
+        return not bool(tensor.any())

@@ -18,13 +18,14 @@ _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside `torch.compile` and DistributedDataParallel."""
-    while True:
+    while not isinstance(model, torch.jit.ScriptModule):
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
         if inner is None:
             return model
         model = inner
+    return model
 
 
 def plain_name(name: str) -> str:

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.capture import private
-from gradwatch.capture.facts import InitialFacts, describe
+from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import find_unregistered, walk
 from gradwatch.capture.norms import NormReader
@@ -24,7 +24,7 @@ from gradwatch.capture.parameters import ParameterTable
 from gradwatch.capture.slab import GRADIENTS, LOSS, SCALARS, WEIGHTS
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
-from gradwatch.history import Meta, Pending
+from gradwatch.facts import Meta, Pending
 from gradwatch.records import GradState, Sampling, SkipReason
 
 _HAND_SCALE_AFTER = 3
@@ -85,11 +85,10 @@ class _Closed:
     time: float
 
 
-@dataclass(frozen=True, slots=True)
-class Acting:
-    """What an actor is told right before an optimizer's step.
+class Act(Protocol):
+    """Acts on gradients right before an optimizer steps.
 
-    Attributes:
+    Args:
         optimizer: the one that is about to step.
         step: number of the record.
         params: what it owns and a backward has reached, with a gradient.
@@ -98,16 +97,23 @@ class Acting:
         factor: what `p.grad` holds, divided by the true gradient (a loss scale that is still on it; 1 = none).
         touched: somebody changed the gradients after they were read, so that `norms` are not those of `p.grad` now.
         found_inf: a GradScaler decides about this step on the device.
+
+    Returns:
+        The factor it applied to all gradients (1 = none), or None where it does not know it. What it raises leaves the user's `step`.
     """
 
-    optimizer: Optimizer
-    step: int
-    params: Sequence[Tensor]
-    names: Sequence[str]
-    norms: NDArray[np.float64]
-    factor: float
-    touched: bool
-    found_inf: bool
+    def __call__(
+        self,
+        *,
+        optimizer: Optimizer,
+        step: int,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        norms: NDArray[np.float64],
+        factor: float,
+        touched: bool,
+        found_inf: bool,
+    ) -> float | None: ...
 
 
 class Deliberate(Exception):
@@ -134,8 +140,7 @@ class Recorder:
         recorded: gives the number of the next record.
         on_row: takes a finished row.
         on_meta: takes the static facts when they change.
-        act: called right before a step with what is known; returns the factor it applied to the gradients (1 = none), or None where it
-            does not know it. What it raises leaves the user's `step`. None: nobody acts.
+        act: acts right before a step. None: nobody does.
         scaler: the only GradScaler that is heard; None: any.
         started: `time.perf_counter()` of second 0; None: now.
     """
@@ -149,7 +154,7 @@ class Recorder:
         recorded: Callable[[], int],
         on_row: Callable[[NDArray[Any]], None],
         on_meta: Callable[[Meta], None],
-        act: Callable[[Acting], float | None] | None = None,
+        act: Act | None = None,
         scaler: Any = None,
         started: float | None = None,
     ) -> None:
@@ -312,7 +317,16 @@ class Recorder:
         probes = self.gradients.probes(there)
         before = self.gradients.scaled_since(probes)
         try:
-            coef = self._act(Acting(optimizer, step, params, names, raw, factor, touched, found_inf))
+            coef = self._act(
+                optimizer=optimizer,
+                step=step,
+                params=params,
+                names=names,
+                norms=raw,
+                factor=factor,
+                touched=touched,
+                found_inf=found_inf,
+            )
         except Exception as error:
             raise Deliberate(error) from error
         if coef is None:
@@ -325,10 +339,7 @@ class Recorder:
         """The learning rate of the step, and the gradients in it that are left from an earlier one."""
         draft.noted.add(key)
         self.owners.write_lr(key, draft.lr)
-        if self.gradients.stale.any():
-            for slot in self.owners.slots(key):
-                if self.gradients.stale[slot] and not self.gradients.cleared([slot]):
-                    draft.flag(slot, GradState.STALE)
+        draft.flag(self.gradients.uses_stale(self.owners.slots(key)), GradState.STALE)
 
     def post_step(self, optimizer: Optimizer) -> None:
         """A step has returned."""
@@ -347,12 +358,12 @@ class Recorder:
             if draft is not None and key not in draft.noted:
                 self._note_use(draft, key)  # its gradients came from a closure inside the step
             self.gradients.used(mine)
-        if record is not None and draft is not None and outermost:
-            if not found_inf and any(slot in record.reached for slot in mine):
-                draft.flag(mine, GradState.STEPPED)
-                self._ever_stepped = True
-                if draft.full:
-                    self._measure_change(draft, mine)
+        used = record is not None and draft is not None and any(slot in record.reached for slot in mine)
+        if used and draft is not None and outermost and not found_inf:
+            draft.flag(mine, GradState.STEPPED)
+            self._ever_stepped = True
+            if draft.full:
+                self._measure_change(draft, mine)
         outcome = self.clock.post(key, found_inf)
         if outcome is not None:
             self._finish(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from gradwatch.history import Meta
+from gradwatch.facts import Meta
 
 
 def layers_of(meta: Meta, parameters: Sequence[str]) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from gradwatch.capture.recorder import Acting
 from gradwatch.records import NonFiniteGradientError
 
 Clipper = Callable[[Sequence[Tensor]], Any]
@@ -54,8 +54,29 @@ class Actor:
             "clip= and with on_nonfinite='warn'."
         )
 
-    def __call__(self, acting: Acting) -> float | None:
+    def __call__(
+        self,
+        *,
+        optimizer: Optimizer,
+        step: int,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        norms: NDArray[np.float64],
+        factor: float,
+        touched: bool,
+        found_inf: bool,
+    ) -> float | None:
         """Act.
+
+        Args:
+            optimizer: the one that is about to step.
+            step: number of the record.
+            params: what it is about to step, with gradients.
+            names: their names.
+            norms: float64, 2-norms of their gradients, unless `touched`.
+            factor: a loss scale that is still on the gradients, 1.0 for none.
+            touched: the gradients have been changed since `norms` were read.
+            found_inf: a GradScaler decides about this step on the device.
 
         Returns:
             The factor applied to all gradients, 1.0 for none, or None where a callable applied what it liked.
@@ -63,32 +84,33 @@ class Actor:
         Raises:
             NonFiniteGradientError: a gradient is not finite and that was asked for.
         """
-        finite = bool(np.isfinite(acting.norms).all())
-        if self._raise and not finite and not acting.found_inf:
-            raise self._error(acting)
+        finite = bool(np.isfinite(norms).all())
+        if self._raise and not finite and not found_inf:
+            raise _error(type(optimizer).__name__, step, names, norms)
         if self._clip is None or not finite:
             return 1.0  # a NaN or an Inf never multiplies anything
         if callable(self._clip):
-            self._clip(acting.params)
+            self._clip(params)
             return None
-        return self._clip_norm(acting, float(self._clip) * acting.factor)
+        total = float(np.sqrt(np.sum(norms**2)))
+        if touched:
+            total = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        return _clip_norm(params, total, float(self._clip) * factor)
 
-    def _clip_norm(self, acting: Acting, max_norm: float) -> float:
-        total = float(np.sqrt(np.sum(acting.norms**2)))
-        if acting.touched:
-            total = float(torch.nn.utils.get_total_norm([p.grad for p in acting.params if p.grad is not None]))
-        if not math.isfinite(total) or total <= max_norm:
-            return 1.0  # torch multiplies by 1 here: a pass over all gradients that changes nothing
-        torch.nn.utils.clip_grads_with_norm_(acting.params, max_norm, torch.tensor(total, dtype=torch.float32))
-        return max_norm / (total + 1e-6)
 
-    def _error(self, acting: Acting) -> NonFiniteGradientError:
-        bad = [name for name, norm in zip(acting.names, acting.norms, strict=True) if not np.isfinite(norm)]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return NonFiniteGradientError(
-            f"step {acting.step}: the gradient is not finite in {', '.join(bad[:3])}{more} ({len(bad)} of {len(acting.names)} parameters "
-            f"of {type(acting.optimizer).__name__}). The weights have not been changed; call zero_grad() and go on with the next batch "
-            "to leave this update out.",
-            step=acting.step,
-            parameters=tuple(bad),
-        )
+def _clip_norm(params: Sequence[Tensor], total: float, max_norm: float) -> float:
+    if not math.isfinite(total) or total <= max_norm:
+        return 1.0  # torch multiplies by 1 here: a pass over all gradients that changes nothing
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(total, dtype=torch.float32))
+    return max_norm / (total + 1e-6)
+
+
+def _error(optimizer: str, step: int, names: Sequence[str], norms: NDArray[np.float64]) -> NonFiniteGradientError:
+    bad = [name for name, norm in zip(names, norms, strict=True) if not np.isfinite(norm)]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return NonFiniteGradientError(
+        f"step {step}: the gradient is not finite in {', '.join(bad[:3])}{more} ({len(bad)} of {len(names)} parameters of {optimizer}). "
+        "The weights have not been changed; call zero_grad() and go on with the next batch to leave this update out.",
+        step=step,
+        parameters=tuple(bad),
+    )

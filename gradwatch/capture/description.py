@@ -11,7 +11,7 @@ from torch.nn.modules import activation as activations
 from torch.nn.modules import batchnorm, conv, dropout, instancenorm, rnn
 
 from gradwatch.capture.parameters import ParameterTable, as_real, materialised
-from gradwatch.history import LayerFact, Meta, ParameterFact
+from gradwatch.facts import LayerFact, Meta, ParameterFact
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("attention", (nn.MultiheadAttention,)),
