@@ -103,7 +103,9 @@ class Stop(nn.Module):
 
 
 class StoppingSGD(torch.optim.SGD):
-    error: type[BaseException] | None = None
+    """Stops in its step, if told to."""
+
+    error: type[BaseException] | None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -117,6 +119,7 @@ def stoppable() -> tuple[Training, Stop, StoppingSGD]:
     stop = Stop()
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), stop, nn.Linear(8, 2))
     optimizer = StoppingSGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.error = None
     x = torch.randn(8, 6)
 
     def update(_: int) -> None:

@@ -234,7 +234,7 @@ def test_an_average_of_the_weights_inside_the_block_stays_unwatched_and_equal() 
     with GradWatch(training.model, console=False) as watch:
         ema = average(training)
     torch.testing.assert_close(ema.state_dict(), expected, rtol=0, atol=0)
-    assert b"gradwatch" not in pickle.dumps(ema)
+    assert b"gradwatch" not in pickle.dumps(ema.module)
     assert watch.history.recorded == 4
     assert not [a for a in watch.alerts if a.severity >= 30]
 
