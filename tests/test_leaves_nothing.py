@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -179,7 +180,9 @@ class InterruptInPackage:
         self.left = at
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        # A generator is also "called" when it is thrown away; what is raised there, nobody catches.
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_flags & inspect.CO_GENERATOR:
             return
         self.left -= 1
         if self.left == 0:
