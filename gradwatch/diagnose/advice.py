@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
+
 from gradwatch.history import History
 from gradwatch.records import Finding
 
@@ -91,11 +93,100 @@ def _gradient(finding: Finding, history: History) -> tuple[str, str]:
     )
 
 
-def _types(history: History, kind: str) -> Counter[str]:
-    return Counter(fact.activation or fact.type for fact in history.meta.layers if fact.kind == kind)
+def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
+    e = finding.evidence
+    if "update_ratio" in e:
+        return (
+            f"What reaches it changes its weights by {e['update_ratio']:.0e} of their size a step, less than float32 resolves.",
+            "Look at what stands between it and the loss: a saturated activation, a tiny factor, or a closed gate.",
+        )
+    names = _activations(history)
+    weak = sum(names[name] for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid"))
+    flat = sum(names[name] for name in ("Tanh", "Softsign", "Hardtanh"))
+    gain = _typical_gain(finding, history)
+    whole = e["ratio"]
+    if e.get("sharpest_drop", 1.0) <= max(1e-2, whole**0.6):
+        first = finding.layers[0] or "(model)" if finding.layers else "one place"
+        return (
+            f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e['sharpest_drop'])}.",
+            "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",
+        )
+    if weak >= 3:
+        which = "sigmoid" if names["Sigmoid"] >= weak else "sigmoid-like activation"
+        return (
+            f"{weak} {which}s in a row: each passes on at most a quarter of the gradient.",
+            "Use ReLU or GELU instead, or put normalisation between the layers, or residual connections around them.",
+        )
+    if gain is not None and gain < 0.75:
+        return (
+            f"The weights are small: a typical layer keeps {_times(gain)} of the scale of what passes it.",
+            "Initialise with kaiming_normal_ (ReLU) or xavier_normal_ (tanh), or add normalisation or residual connections.",
+        )
+    if flat >= 3:
+        which = "tanh" if names["Tanh"] >= flat else "saturating activations"
+        return (
+            f"{flat} {which} in a row: each passes on less than it gets, and next to nothing where it saturates.",
+            "Use ReLU or GELU with kaiming_normal_ initialisation, normalisation, or residual connections.",
+        )
+    return (
+        f"Each layer passes on less than it gets: {_times(whole)} is left over {e.get('layers_in_all', 0):.0f} layers.",
+        "Add normalisation or residual connections, or initialise so that a layer keeps the scale of what passes it.",
+    )
+
+
+def _exploding(finding: Finding, history: History) -> tuple[str, str]:
+    e = finding.evidence
+    if e.get("growing", 0) > 0:
+        return (
+            "Each step overshoots, so the next gradient is larger still: the learning rate is too high for this loss.",
+            "Lower the learning rate by 3 to 10 times, warm it up, and clip the gradient norm (clip=1.0).",
+        )
+    if e.get("explained", 0) > 0:
+        return (
+            f"The weights are large: a typical layer enlarges what passes it {e.get('gain', 1.0):.2g} times, and this multiplies.",
+            "Initialise with kaiming_normal_ or xavier_normal_ (recurrent: orthogonal_), add normalisation, or clip (clip=1.0).",
+        )
+    return (
+        f"The weights do not explain it: one step alone enlarges the gradient {e.get('sharpest_rise', 1.0):.2g} times.",
+        "Check custom backward functions, gradient hooks and factors between these layers; clip=1.0 limits the damage.",
+    )
+
+
+def _spike(finding: Finding, history: History) -> tuple[str, str]:
+    now, before = history.recent("loss", 1), history.baselines.losses[:-1][-10:]
+    before = before[np.isfinite(before)]
+    with_loss = now.size and before.size and np.median(before) > 0 and now[0] > 5 * np.median(before)
+    if with_loss:
+        why = f"The loss of this batch is {now[0] / np.median(before):.0f} times the usual: an outlier or a bad label."
+    else:
+        why = "The loss is as usual, so the gradient itself jumped: a division by a small number, a sharp spot, or a hook."
+    return (why, "Clip the gradient norm (clip=1.0) and look at the batch of this update.")
+
+
+def _activations(history: History) -> Counter[str]:
+    return Counter(fact.activation for fact in history.meta.layers if fact.activation)
+
+
+def _typical_gain(finding: Finding, history: History) -> float | None:
+    """Median over the sick matrices of what their weights do to the scale of their input."""
+    weights = history.baselines.weight_norm
+    at = {name: i for i, name in enumerate(history.parameters)}
+    gains = [
+        float(weights[i]) / (fact.shape[0] ** 0.5)
+        for i in (at[name] for name in finding.parameters)
+        if len((fact := history.meta.parameters[i]).shape) >= 2 and np.isfinite(weights[i])
+    ]
+    return float(np.median(gains)) if gains else None
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio >= 1e-3 else f"{ratio:.0e}"
 
 
 _WORDS: dict[str, Callable[[Finding, History], tuple[str, str]]] = {
+    "vanishing_gradient": _vanishing,
+    "exploding_gradient": _exploding,
+    "gradient_spike": _spike,
     "gradients_not_zeroed": _not_zeroed,
     "never_stepped": _never_stepped,
     "missing_gradient": _missing,

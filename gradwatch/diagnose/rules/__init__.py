@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from gradwatch.diagnose.rules.exploding import exploding_gradient
 from gradwatch.diagnose.rules.loop import gradients_not_zeroed, missing_gradient, never_stepped, not_in_optimizer
 from gradwatch.diagnose.rules.non_finite import non_finite_gradient, non_finite_loss, non_finite_weight
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, name_of, persistence_of, persistent
 from gradwatch.diagnose.rules.scale import loss_scale_collapse
+from gradwatch.diagnose.rules.spike import gradient_spike
+from gradwatch.diagnose.rules.vanishing import vanishing_gradient
 
 __all__ = [
     "PERSISTENCE",
     "Rule",
     "default_rules",
+    "exploding_gradient",
+    "gradient_spike",
     "gradients_not_zeroed",
     "loss_scale_collapse",
     "missing_gradient",
@@ -22,6 +27,7 @@ __all__ = [
     "not_in_optimizer",
     "persistence_of",
     "persistent",
+    "vanishing_gradient",
 ]
 
 
@@ -36,4 +42,7 @@ def default_rules() -> tuple[Rule, ...]:
         missing_gradient,
         not_in_optimizer,
         loss_scale_collapse,
+        exploding_gradient,
+        vanishing_gradient,
+        gradient_spike,
     )

@@ -1,0 +1,400 @@
+"""Gradients that explode: on their way to the input, or in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.rules.layout import Layout, layout_of
+from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+DECADE = float(np.log(10.0))
+
+GROWTH = 3.5
+"""Decades of growth towards the input that need no explanation. Healthy networks of the zoo stay below 2.6 (a WGAN's critic)."""
+
+GROWTH_EXPLAINED = 2.2
+"""The same where the scale of the weights accounts for half of it; the zoo's healthy networks with such weights stay below 1.3."""
+
+GAIN = 1.25
+"""Factor by which a layer's weights enlarge what passes them, from which they explain growth. He, Xavier and orthogonal
+initialisation have 1, PyTorch's default 0.58 (ReLU: 0.41)."""
+
+JUMP = 2.2
+"""Decades of growth between two neighbours, with two modules or more on the loss's side, that only a custom backward makes."""
+
+STAIR = 0.4
+"""Decades that the gradient grows at each of four modules in a row, from which it is no accident of single ones (tanh with a gain of
+3, which explodes: 0.13; healthy networks: less)."""
+
+AGAIN = 12.0
+"""Nodes that a module is nearer to the loss than the one executed before it, from which it is passed many times: a layer with its
+activation and normalisation takes at most 6."""
+
+IMMENSE = 5.0
+"""Decades of explained growth that need no persistence: such a run is seldom alive at update 10."""
+
+LASTING = 8
+"""Of the last 10 observations, how many in a row must show it, up to the last."""
+
+FORWARD = 3.0
+"""Decades that the weights of a network without normalisation enlarge a signal, where all gradients are as large: in a plain network
+without biases the growth of the delta and the decay of the activation cancel."""
+
+LARGE = 100.0
+"""Norm of the gradient over that of the weights that confirms it, all matrices together. 1e2 to 1e4 alone is no evidence (design)."""
+
+IN_TIME = 2.0
+"""Decades that the total norm and the loss both grow above their first values, without a pause. A healthy generator's norm grew by 2.3
+decades in 60 updates, its loss by less than 1 (measured)."""
+
+UNKNOWN_LOSS = 4.0
+"""Decades of the norm alone where the loss is not known."""
+
+NULL_BIAS = 5.5
+"""Decades below its weight's from which a bias's gradient is rounding (before a normalisation: 6 to 9, measured) and not the delta."""
+
+RELUS = frozenset({"ReLU", "LeakyReLU", "GELU", "SiLU", "PReLU", "RReLU", "ReLU6", "Mish", "CELU"})
+
+
+@persistent(WINDOW)
+def exploding_gradient(history: History) -> Iterator[Finding]:
+    """The gradient grows from layer to layer on its way to the input, or from update to update without bound.
+
+    Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
+    or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
+    `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
+    differ by `STAIR` each; or neighbours differ by `JUMP`; in `LASTING` of the last 10 observations. A network without normalisation
+    whose weights enlarge a signal by `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time: norm
+    and loss both grow by `IN_TIME` decades over their first values, rising in nearly every one of the last nine records.
+
+    Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
+    normalisation; parts with a head of their own; norms that grow while the loss does not.
+    """
+    if not len(history):
+        return
+    finding = _across_depth(history) or _in_time(history)
+    if finding is not None:
+        yield finding
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """Modules that hold a matrix or normalise, and that the last observations cover, M of them, in the order of execution."""
+
+    layout: Layout
+    places: NDArray[np.int64]
+    """`[K]`, places in the layout of all their parameters."""
+    owner: NDArray[np.int64]
+    """`[K]`, which of the M each belongs to."""
+    delta: NDArray[np.float64]
+    """`[T, M]`, decades: what stands for the delta at the module, its bias's gradient if that is not mere rounding."""
+    bias: NDArray[np.float64]
+    """`[T, M]`, decades: the same, but its bias's gradient wherever that is not zero."""
+    gain: NDArray[np.float64]
+    """`[M]`, factor by which its weights enlarge what passes, 1 keeps the scale; NaN for a normalisation."""
+    distance: NDArray[np.float64]
+    head: NDArray[np.bool_]
+    norm: NDArray[np.bool_]
+
+    def pick(self, keep: NDArray[np.bool_]) -> _Modules:
+        index = np.cumsum(keep) - 1
+        inside = keep[self.owner]
+        return _Modules(
+            self.layout,
+            self.places[inside],
+            index[self.owner[inside]],
+            self.delta[:, keep],
+            self.bias[:, keep],
+            self.gain[keep],
+            self.distance[keep],
+            self.head[keep],
+            self.norm[keep],
+        )
+
+
+@dataclass(frozen=True)
+class _Growth:
+    decades: float
+    cut: int
+    """Modules before it get the more, those from it on are the reference."""
+    explained: bool
+    deep: bool
+    """The biases alone tell."""
+    level: NDArray[np.float64]
+
+
+def _across_depth(history: History) -> Finding | None:
+    b, layout = history.baselines, layout_of(history.meta)
+    columns = layout.columns
+    if columns.size < 2 or bool(history.recent("skipped", 1)[0]):
+        return None
+    bad = history.recent("grad_nonfinite", 1)[0][columns] > 0
+    now = np.isfinite(history.recent("grad_norm", 1)[0][columns]) | bad
+    known = (b.seen[columns] >= (1 if bad.any() else 3)) & (layout.reference | layout.norm) & now
+    # A cheap look first: in most updates of most runs there is nothing to see.
+    if known.sum() < 2 or not _worth_looking(history, columns, known):
+        return None
+    m = _modules(history, layout, np.flatnonzero(known))
+    if m is None:
+        return None
+    early = len(m.delta) < WINDOW
+    growth = _growth(m, bool(m.norm.any()), early)
+    if growth is not None:
+        return _told(history, m, growth)
+    return None if early else _forward(history, m)
+
+
+def _worth_looking(history: History, columns: NDArray[np.int64], known: NDArray[np.bool_]) -> bool:
+    b = history.baselines
+    newest = b.last[(b.seen[columns] - 1) % WINDOW, columns]
+    level = np.where(known, newest, -np.inf)
+    behind = np.append(np.maximum.accumulate(level[::-1])[::-1][1:], -np.inf)
+    # The last parameters may be biases that get nothing: what is above half of all behind it counts as well.
+    rise = np.where(np.isfinite(behind) & known, np.maximum.accumulate(level) - behind, -np.inf)
+    if float(rise.max(initial=-np.inf)) >= 1.5 * DECADE:
+        return True
+    weight = float(np.nanmedian(b.weight_norm[columns[known]]))
+    return bool(float(level.max()) >= np.log(0.1 * LARGE * max(weight, 1e-30)))
+
+
+def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Modules | None:
+    b = history.baselines
+    columns = layout.columns[places]
+    seen = b.seen[columns]
+    depth = int(min(WINDOW, seen.max()))
+    logs = np.roll(b.last[:, columns], -(int(seen.max()) % WINDOW), axis=0)[WINDOW - depth :].astype(float) / DECADE
+    numbers, owner = np.unique(layout.layer[places], return_inverse=True)
+    count = len(numbers)
+    matrix = layout.matrix[places]
+    strong = matrix | (layout.norm[places] & layout.scale[places])
+    weight, bias = np.full((depth, count), -np.inf), np.full((depth, count), -np.inf)
+    for values, mask in ((weight, strong), (bias, ~strong)):
+        for t in range(depth):
+            np.maximum.at(values[t], owner[mask], np.nan_to_num(logs[t, mask], nan=-np.inf))
+    gain, distance = np.full(count, np.nan), np.full(count, np.inf)
+    np.fmax.at(gain, owner, b.weight_norm[columns].astype(float) * layout.gain[places] / _relu_gain(history))
+    np.minimum.at(distance, owner, np.nan_to_num(layout.distance[places], nan=np.inf))
+    head, norm = np.zeros(count, bool), np.zeros(count, bool)
+    np.logical_or.at(head, owner, layout.head[places])
+    np.logical_or.at(norm, owner, layout.norm[places])
+    delta = np.where(bias >= weight - NULL_BIAS, bias, weight)
+    m = _Modules(layout, places, owner, delta, np.where(bias > -44.0, bias, weight), gain, distance, head, norm)
+    keep = np.asarray(np.isfinite(delta).all(axis=0))
+    if not keep.all():
+        m = m.pick(keep)
+    return m if m.delta.shape[1] >= 2 else None
+
+
+def _relu_gain(history: History) -> float:
+    """What an activation leaves of the scale: ReLUs and their kin 1 in sqrt(2), others all of it."""
+    types = [fact.activation for fact in history.meta.layers if fact.activation]
+    relus = sum(name in RELUS for name in types)
+    return float(np.sqrt(2.0)) if relus * 2 > len(types) else 1.0
+
+
+def _growth(m: _Modules, normalised: bool, early: bool) -> _Growth | None:
+    t = min(LASTING, len(m.delta))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gains = np.nan_to_num(np.log10(m.gain), nan=0.0, neginf=0.0)
+    strong = np.where(gains >= np.log10(GAIN), gains, 0.0)
+    # A recurrent matrix is passed again and again: it is executed early and yet close to the loss.
+    again = np.append(False, m.distance[:-1] - m.distance[1:] >= AGAIN)
+    best: _Growth | None = None
+    for values, deep in ((m.delta, False), (m.bias, True)):
+        # Where activations explode too, all weights' gradients are alike and a bias's far below: then it alone is the delta.
+        if deep and (normalised or not strong.any()):
+            continue
+        values = _without_first_norm(values, m.norm)
+        level = np.median(values[-t:], axis=0)
+        behind = np.append(np.maximum.accumulate(level[::-1])[::-1][1:], -np.inf)
+        closest = np.append(np.minimum.accumulate(m.distance[::-1])[::-1][1:], np.inf)
+        matrices = np.cumsum(~m.norm)
+        steps = level[:-1] - level[1:]
+        for cut in range(1, len(level)):
+            reference = behind[cut - 1]
+            # What lies behind the cut has to be nearer to the loss than all that lies before it, or it is another branch.
+            if not closest[cut - 1] < m.distance[:cut].min() or m.head[:cut].any() or level[:cut].max() - reference < 1.0:
+                continue
+            rises = np.sort(level[:cut] - reference)
+            grown = float(rises[-2]) if cut > 1 else float(rises[-1]) - 1.5
+            explained = bool(strong[:-1].sum() >= 0.5 * grown or (strong > 0)[again].any())
+            if early:
+                hit = explained and grown >= IMMENSE
+            elif deep:
+                hit = explained and grown >= GROWTH_EXPLAINED
+            else:
+                hit = grown >= (GROWTH_EXPLAINED if explained else GROWTH)
+                above = matrices[-1] - matrices[cut - 1]
+                alone = steps[cut - 1] >= JUMP and above >= 2 and not m.norm[cut] and float(np.median(rises)) >= 1.0
+                stairs = cut >= 4 and bool((steps[cut - 4 : cut] >= STAIR).all()) and grown >= GROWTH_EXPLAINED
+                hit = hit or (alone and grown >= 1.0) or stairs
+            if hit and (best is None or grown > best.decades):
+                each = np.sort(values[:, :cut], axis=1)[:, -2 if cut > 1 else -1] - values[:, cut:].max(axis=1)
+                if float(each[-t:].min()) >= 0.6 * grown:
+                    best = _Growth(grown, cut, explained, deep, level)
+    return best
+
+
+def _without_first_norm(values: NDArray[np.float64], norm: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Take out the step at the first normalisation: it enlarges the gradient of a small signal, such as an embedding's, in health."""
+    if not norm.any():
+        return values
+    first = int(norm.argmax())
+    if first == 0:
+        return values
+    step = np.maximum(values[:, :first].max(axis=1) - values[:, first] - 0.5, 0.0)
+    values = values.copy()
+    values[:, :first] -= step[:, None]
+    return values
+
+
+def _told(history: History, m: _Modules, growth: _Growth) -> Finding:
+    level, cut = growth.level, growth.cut
+    reference = float(level[cut:].max())
+    sick = np.flatnonzero(level[:cut] >= reference + min(1.5, 0.5 * growth.decades))
+    sick = sick[np.argsort(-level[sick], kind="stable")]
+    top = float(level[sick[0]])
+    ratio = 10.0 ** (top - reference)
+    after = _module_name(history, m, cut + int(level[cut:].argmax()))
+    steps = level[:-1] - level[1:]
+    return Finding(
+        "exploding_gradient",
+        Severity.ERROR,
+        _since(history, m, sick, growth),
+        parameters=_names(history, m, sick),
+        message=f"the gradient grows {ratio:.0e} times towards the input, from {10.0**reference:.1e} at {after}",
+        evidence={
+            "ratio": ratio,
+            "grad_norm": 10.0**top,
+            "reference_norm": 10.0**reference,
+            "layers": len(sick),
+            "gain": float(np.nanmedian(m.gain[:-1])),
+            "explained": float(growth.explained),
+            "sharpest_rise": 10.0 ** float(steps[:cut].max()),
+        },
+    )
+
+
+def _forward(history: History, m: _Modules) -> Finding | None:
+    """Weights that enlarge the signal in a network without normalisation, and gradients to match."""
+    b = history.baselines
+    if m.norm.any() or any(fact.kind == "normalization" for fact in history.meta.layers):
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gains = np.log10(m.gain)
+    strong = gains >= np.log10(GAIN)
+    if strong.sum() < 4 or float(np.nansum(gains)) < FORWARD:
+        return None
+    columns = m.layout.columns[m.places[m.layout.matrix[m.places]]]
+    totals = np.sqrt(np.square(np.exp(b.last[:, columns].astype(float))).sum(axis=1))
+    weights = float(np.sqrt(np.nansum(np.square(b.weight_norm[columns].astype(float)))))
+    if weights <= 0 or not float(np.median(totals)) >= LARGE * weights:
+        return None
+    # The head's gradient is as large for what reaches it, not for what it does; the delta is largest at the input.
+    sick = np.flatnonzero(strong & ~m.head)
+    factor = 10.0 ** float(np.nansum(gains))
+    size = float(np.median(totals))
+    back = history.recent("total_norm", 64)
+    with np.errstate(invalid="ignore"):
+        small = np.flatnonzero(back < 0.1 * LARGE * weights)
+    steps = history.steps[-len(back) :]
+    return Finding(
+        "exploding_gradient",
+        Severity.ERROR,
+        int(steps[0] if not small.size else steps[min(small[-1] + 1, len(steps) - 1)]),
+        parameters=_names(history, m, sick),
+        message=f"the weights enlarge a signal {factor:.0e} times and the gradient norm is {size:.1e}",
+        evidence={
+            "ratio": factor,
+            "grad_norm": size,
+            "weight_norm": weights,
+            "gain": 10.0 ** float(np.nanmedian(gains)),
+            "layers": len(sick),
+            "explained": 1.0,
+        },
+    )
+
+
+def _in_time(history: History) -> Finding | None:
+    """Norm and loss grow together, far beyond their first values."""
+    total = history.recent("total_norm", 64).astype(float)
+    loss = history.recent("loss", 64).astype(float)
+    applied = ~history.recent("skipped", 64)
+    total, loss, steps = total[applied], loss[applied], history.steps[-len(applied) :][applied]
+    end = len(total)
+    while end and not np.isfinite(total[end - 1]):
+        end -= 1
+    died = end < len(total)
+    total, loss, steps = total[:end], loss[:end], steps[:end]
+    if end < (3 if died else WINDOW) or history.recorded > end + 512:
+        return None
+    last = 3 if died else 9
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norms, losses = np.log10(total), np.log10(np.abs(loss))
+    lowest = max(1, min(5, end // 2))
+    base = float(np.nanmedian(norms[:lowest]))
+    grown = float(norms[-1]) - base
+    need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
+    if not grown >= need + (1.0 if died else 0.0):
+        return None
+    rising = np.diff(norms[-last:]) > 0
+    if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
+        return None
+    if need == IN_TIME:
+        more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
+        if more < IN_TIME or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
+            return None
+    start = end - 1
+    while start > 0 and norms[start - 1] < norms[start] + 0.05:
+        start -= 1
+    return Finding(
+        "exploding_gradient",
+        Severity.ERROR,
+        int(steps[start]) if start > 2 else int(steps[0]) if steps[0] > 0 else 0,
+        layers=_everything(history),
+        message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g} and the loss with it",
+        evidence={"first_norm": 10.0**base, "grad_norm": float(total[-1]), "ratio": 10.0 ** min(grown, 300.0), "growing": 1.0},
+    )
+
+
+def _everything(history: History) -> tuple[str, ...]:
+    names = {fact.name for fact in history.meta.layers}
+    return ("",) if "" in names else ()
+
+
+def _names(history: History, m: _Modules, sick: NDArray[np.int64]) -> tuple[str, ...]:
+    names = []
+    for module in sick:
+        names += [history.meta.parameters[m.layout.columns[p]].name for p in m.places[m.owner == module]]
+    return tuple(names)
+
+
+def _module_name(history: History, m: _Modules, module: int) -> str:
+    place = m.places[m.owner == module][0]
+    return history.meta.parameters[m.layout.columns[place]].layer or "(model)"
+
+
+def _since(history: History, m: _Modules, sick: NDArray[np.int64], growth: _Growth) -> int:
+    """The first of the kept records since when half of the growth has been there."""
+    back = history.recent("grad_norm", 64)
+    of = m.places if not growth.deep else m.places[~m.layout.matrix[m.places]]
+    owner = m.owner if not growth.deep else m.owner[~m.layout.matrix[m.places]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(np.maximum(back[:, m.layout.columns[of]], 1e-45))
+    chosen, rest = np.isin(owner, sick[:2]), owner >= growth.cut
+    if not chosen.any() or not rest.any():
+        return int(history.steps[-1])
+    with np.errstate(invalid="ignore"):
+        apart = np.fmax.reduce(logs[:, chosen], axis=1) - np.fmax.reduce(logs[:, rest], axis=1)
+    steps = history.steps[-len(back) :]
+    well = np.flatnonzero(np.isfinite(apart) & (apart < 0.5 * growth.decades))
+    if not well.size:
+        return int(steps[0])
+    return int(steps[min(well[-1] + 1, len(steps) - 1)])

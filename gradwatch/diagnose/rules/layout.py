@@ -1,0 +1,93 @@
+"""The model as the flow rules look at it: trainable parameters in the order of execution, cut into branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.history import Meta
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns of trainable parameters whose place in the graph is known, N of them, those executed first first.
+
+    Attributes:
+        columns: `[N]`, columns of the per-parameter statistics.
+        matrix: `[N]`, has two dimensions or more.
+        reference: `[N]`, belongs to a module that holds a matrix: scales, norms and mask tokens are no measure for others.
+        branch: `[N]`, number of the branch: it starts anew at each module that reads the data and nothing trainable.
+        head: `[N]`, between it and the loss there is no other parameter.
+        distance: `[N]`, least number of graph nodes between the loss and it.
+        norm: `[N]`, belongs to a normalisation.
+        scale: `[N]`, is called "weight".
+        blank: `[N]`, a matrix that was exactly zero when the watch began.
+        gain: `[N]`, `sqrt(fan_in)` of a matrix over the square root of its size: times its norm, what it does to the scale of its
+            input, 1 where it keeps it; NaN for others.
+        layer: `[N]`, number of the module, counted in this order; the columns of a module need not be neighbours.
+        layers: number of modules.
+        roles: some module has a role.
+    """
+
+    columns: NDArray[np.int64]
+    matrix: NDArray[np.bool_]
+    reference: NDArray[np.bool_]
+    branch: NDArray[np.int64]
+    head: NDArray[np.bool_]
+    distance: NDArray[np.float64]
+    norm: NDArray[np.bool_]
+    scale: NDArray[np.bool_]
+    blank: NDArray[np.bool_]
+    gain: NDArray[np.float64]
+    layer: NDArray[np.int64]
+    layers: int
+    roles: bool
+
+
+def layout_of(meta: Meta) -> Layout:
+    """The layout of a model, computed once for each `Meta`."""
+    # Kept with the facts it is derived from, as their own cached properties are: it dies with them, and needs no hash of them.
+    kept = meta.__dict__.get("_layout")
+    if not isinstance(kept, Layout):
+        kept = meta.__dict__["_layout"] = _make(meta)
+    return kept
+
+
+def _make(meta: Meta) -> Layout:
+    order = meta.order
+    columns = np.flatnonzero(meta.trainable & np.isfinite(order))
+    columns = columns[np.argsort(order[columns], kind="stable")]
+    facts = [meta.parameters[i] for i in columns]
+    matrix = np.array([len(f.shape) >= 2 for f in facts], bool)
+    solid = {f.layer for f in facts if len(f.shape) >= 2}
+    role = {f.name: f.role for f in meta.layers}
+    norms = {f.name for f in meta.layers if f.kind == "normalization"}
+    number: dict[str, int] = {}
+    layer = np.array([number.setdefault(f.layer, len(number)) for f in facts], np.int64)
+    first = np.zeros(len(facts), bool)
+    first[np.unique(layer, return_index=True)[1]] = True
+    entry = np.array([role.get(f.layer) == "input" for f in facts], bool)
+    return Layout(
+        columns=columns,
+        matrix=matrix,
+        reference=np.array([f.layer in solid for f in facts], bool),
+        branch=np.cumsum(entry & first) if len(facts) else np.zeros(0, np.int64),
+        head=np.array([role.get(f.layer) == "head" for f in facts], bool),
+        distance=meta.distance[columns],
+        norm=np.array([f.layer in norms for f in facts], bool),
+        scale=np.array([f.name.endswith("weight") for f in facts], bool),
+        blank=np.array([len(f.shape) >= 2 and f.init_rms == 0.0 for f in facts], bool),
+        gain=np.array([_gain(f.shape) for f in facts], float),
+        layer=layer,
+        layers=len(number),
+        roles=any(role.values()),
+    )
+
+
+def _gain(shape: tuple[int, ...]) -> float:
+    if len(shape) < 2:
+        return float("nan")
+    return float(np.sqrt(prod(shape[1:]) / max(1, prod(shape))))

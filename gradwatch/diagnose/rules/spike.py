@@ -1,0 +1,109 @@
+"""One step whose gradient is far outside everything before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.naming import layers_of
+from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+RATIO = 10.0
+"""Over the largest of the nine records before it, and over what is usual. Healthy runs reach 6 (a batch of hard examples; heavy-tailed
+noise: 7), planted spikes 20 and more (zoo)."""
+
+EARLIER = 8.0
+"""Over the largest excess of any kept record before it: a run that does this now and then has heavy tails."""
+
+SCORE = 6.0
+"""Robust z of its logarithm. 2.5 alarms on a third of healthy runs (design)."""
+
+SPREAD = 0.15
+"""Least standard deviation of the logarithm, so that a run without noise does not make everything far outside (zoo: 0.06 to 0.5)."""
+
+FIRST = 2.0
+"""Over the norm of the first records: once a run has converged, one hard batch stands out and does no harm."""
+
+RESTART = 2.0
+"""Factor by which the learning rate rose in one of the last records: what follows is its doing."""
+
+
+@persistent(1)
+def gradient_spike(history: History) -> Iterator[Finding]:
+    """The norm of one record lies far outside the robust history of the logarithms of norms.
+
+    With `n` the 2-norm over the parameters that the record observed and `h` that over the same parameters' last nine observations
+    before: `n / median(h) >= RATIO`, `n / max(h) >= RATIO`, `log(n / median(h)) / s >= SCORE` with `s` the largest of `SPREAD` and
+    the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those parameters' first records. Names
+    the modules that rose by `RATIO`, and by a tenth of the largest rise.
+
+    Ignored: parameters seen fewer than 11 times; a rise after the learning rate's; a skipped record.
+    """
+    b = history.baselines
+    if len(history) <= WINDOW or len(b.residuals) < 1:
+        return
+    excess = float(b.residuals[-1])
+    if not excess >= np.log(RATIO) or bool(history.recent("skipped", 1)[0]):
+        return
+    norms = history.recent("grad_norm", 1)[0]
+    columns = np.flatnonzero(np.isfinite(norms) & (b.seen > WINDOW))
+    if not columns.size or _restarted(history, columns):
+        return
+    logs = _before(history, columns)
+    now = norms[columns].astype(float)
+    total = float(np.sqrt(np.square(now).sum()))
+    before = 0.5 * np.log(np.maximum(np.exp(2.0 * logs).sum(axis=1), 1e-300))
+    median = float(np.median(before))
+    earlier = b.residuals[:-1][np.isfinite(b.residuals[:-1])]
+    spread = max(SPREAD, _mad(before), _mad(earlier))
+    rise = float(np.log(total)) - median
+    first = 0.5 * float(np.log(np.maximum(np.exp(2.0 * b.early[columns].astype(float)).sum(), 1e-300)))
+    far = (
+        rise >= np.log(RATIO)
+        and rise / spread >= SCORE
+        and np.log(total) - float(before.max()) >= np.log(RATIO)
+        and (not earlier.size or excess - float(earlier.max()) >= np.log(EARLIER))
+        and np.log(total) - first >= np.log(FIRST)
+    )
+    if not far:
+        return
+    with np.errstate(divide="ignore"):
+        rises = np.log(np.maximum(now, 1e-45)) - np.median(logs, axis=0)
+    # A column that was exactly zero before rises by anything.
+    rises = np.where(np.median(logs, axis=0) <= -100.0, -np.inf, rises)
+    risen = rises >= max(np.log(RATIO), float(rises.max()) - np.log(RATIO))
+    share = np.flatnonzero(risen)[np.argsort(-now[risen], kind="stable")]
+    names = tuple(history.parameters[i] for i in columns[share])
+    yield Finding(
+        "gradient_spike",
+        Severity.WARNING,
+        history.recorded - 1,
+        layers=layers_of(history.meta, names),
+        message=f"the gradient norm is {total:.3g}, {np.exp(rise):.0f} times the usual {np.exp(median):.2g}",
+        evidence={"grad_norm": total, "usual_norm": float(np.exp(median)), "ratio": float(np.exp(rise)), "z": rise / spread},
+    )
+
+
+def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`[WINDOW - 1, C]`: logarithms of the columns' observations before the last, oldest first."""
+    b = history.baselines
+    seen = b.seen[columns]
+    ages = np.arange(WINDOW - 1, 0, -1)[:, None]
+    logs: NDArray[np.float64] = b.last[(seen[None, :] - 1 - ages) % WINDOW, columns[None, :]].astype(np.float64)
+    return logs
+
+
+def _restarted(history: History, columns: NDArray[np.int64]) -> bool:
+    lr = history.recent("lr", 4)[:, columns].astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rise = lr[1:] / lr[:-1]
+    return bool((rise >= RESTART).any())
+
+
+def _mad(values: NDArray[np.float64]) -> float:
+    return float(1.4826 * np.median(np.abs(values - np.median(values)))) if values.size else 0.0

@@ -1,0 +1,351 @@
+"""Gradients that vanish: on their way to the input, or in one place, so that it does not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.rules.layout import Layout, layout_of
+from gradwatch.diagnose.rules.loss import Progress, progress
+from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, GradState, Severity
+
+DECADE = float(np.log(10.0))
+
+FALL = 3.5
+"""Decades that the gradient falls, while the loss does not improve. Measured on the zoo (tests/zoo): healthy networks stay at or below
+2.6 (a three-layer LSTM), poorly initialised ones that free themselves within 40 updates at or below 3.3; sigmoid and tanh stacks that
+do not learn start at 5."""
+
+FALL_IMPROVING = 4.5
+"""The same while the loss improves or is not known: a part may learn without the sick one. One decade more than `FALL`."""
+
+SICK = 3.0
+"""Decades below the gradient after it from which a parameter is named, once the whole fall is a finding."""
+
+LASTING = 8
+"""Of the last 10 observations, how many in a row must show the fall, up to the last one: a fault that begins later has 10 updates."""
+
+RECOVERY = 15
+"""Updates within which a fall that is closing at its present pace must be over (below `SICK`), to be left alone: deep ReLU and GELU
+stacks under Adam free themselves at 0.1 to 0.4 decades an update (measured)."""
+
+LONE = 5.0
+"""Decades for a single layer at the input, and for a whole branch other than the first to count at all three layers are needed:
+embeddings and side inputs that hardly matter are healthy."""
+
+LAYERS_IN_BRANCH = 3
+
+STUCK = 5.0
+"""Decades below its peers' largest, or its own early median, from which a layer that does not move is sick by itself. Healthy
+transformers hold a projection at 3 to 4 (measured)."""
+
+NEGLIGIBLE = 1e-7
+"""Update ratio that changes nothing: half of float32's resolution, 1.2e-7, is what rounds away."""
+
+
+@persistent(WINDOW)
+def vanishing_gradient(history: History) -> Iterator[Finding]:
+    """The gradient is orders of magnitude smaller before some point of the network than after it, and stays so.
+
+    With `g_i` the logarithm (base 10) of the norm of a parameter's gradient, in the order of execution, parameters up to `k` are sick
+    *by depth* if `max(g_j, j > k) - max(g_i, i <= k) >= FALL`, biases of the last layers included among the `j`, in `LASTING` of the
+    last 10 observations, the last ones. The sick are a prefix of the order of execution or of one branch; if a parameter that was
+    executed earlier in it is well, nothing after it is sick, so that no single projection, LayerScale or LoRA matrix is. A whole
+    layer is sick as *not learning* if its `g` lies `STUCK` below its peers' largest or its own early median and its update ratio is
+    at most `NEGLIGIBLE`.
+
+    Ignored: everything while the loss is low (design: below 1/20 of its first values); a fall that closes fast enough (`RECOVERY`);
+    the share of the fall that a matrix explains which began at exactly zero and has not grown yet (zero-initialised heads); a branch
+    with a head of its own, for its loss may just weigh less; the absolute size of anything.
+    """
+    view = _view(history)
+    if view is None:
+        return
+    state = progress(history)
+    if state is Progress.LOW:
+        return
+    need = FALL if state is Progress.STUCK else FALL_IMPROVING
+    sick = np.zeros(len(view.columns), bool)
+    falls: list[_Fall] = []
+    for fall in _falls(view, need):
+        sick[fall.start : fall.stop] = True
+        falls.append(fall)
+    if falls:
+        yield _by_depth(history, view, falls, sick)
+        return
+    stuck = _stuck(history, view)
+    if stuck is not None:
+        yield stuck
+
+
+@dataclass(frozen=True)
+class _View:
+    """The columns of the layout that the last record observed and that were observed often enough, N of them."""
+
+    layout: Layout
+    at: NDArray[np.int64]
+    """`[N]`, places in the layout."""
+    columns: NDArray[np.int64]
+    logs: NDArray[np.float64]
+    """`[WINDOW, N]`, decades, oldest first as far as the columns were observed together."""
+    weights: NDArray[np.float32]
+    """`[N]`, norms of the parameters, as last observed."""
+
+
+@dataclass(frozen=True)
+class _Fall:
+    start: int
+    stop: int
+    reference: int
+    """Place of the parameter after the cut with the largest gradient."""
+    decades: float
+
+
+def _view(history: History) -> _View | None:
+    if len(history) < 1 or bool(history.recent("skipped", 1)[0]):
+        return None
+    b, layout = history.baselines, layout_of(history.meta)
+    columns = layout.columns
+    known = (b.seen[columns] >= WINDOW) & np.isfinite(history.recent("grad_norm", 1)[0][columns])
+    if not known.any():
+        return None
+    at = np.flatnonzero(known)
+    columns = columns if known.all() else columns[at]
+    # A cheap look first: what cannot be sick by its mean level is not looked at record by record.
+    return _View(layout, at, columns, _ordered(b.last[:, columns], int(b.seen[columns].max())), b.weight_norm[columns])
+
+
+def _ordered(logs: NDArray[np.float32], seen: int) -> NDArray[np.float64]:
+    rows: NDArray[np.float64] = np.roll(logs, -(seen % WINDOW), axis=0).astype(np.float64) / DECADE
+    return rows
+
+
+def _falls(view: _View, need: float) -> Iterator[_Fall]:
+    layout, at = view.layout, view.at
+    level = view.logs.mean(axis=0)
+    after = _largest_after(np.where(layout.reference[at], level, -np.inf))
+    branch = layout.branch[at]
+    before = _largest_so_far(level, branch)
+    fall = after - before
+    if not fall.size or float(fall.max()) < SICK:
+        return
+    ends = np.flatnonzero(np.append(branch[1:] != branch[:-1], True)) + 1
+    start = 0
+    for stop in ends:
+        found = _fall_in(view, fall, start, int(stop), need)
+        if found is not None:
+            yield found
+        start = int(stop)
+
+
+def _largest_after(level: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[N]`: the largest of those behind each; -inf for the last."""
+    largest = np.maximum.accumulate(level[::-1])[::-1]
+    return np.append(largest[1:], -np.inf)
+
+
+def _largest_so_far(level: NDArray[np.float64], branch: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`[N]`: the largest of its branch up to each."""
+    # Lifting every branch above the one before makes one running maximum of many.
+    lift = 1e4 * branch
+    largest: NDArray[np.float64] = np.maximum.accumulate(level + lift) - lift
+    return largest
+
+
+def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, need: float) -> _Fall | None:
+    layout, at, logs = view.layout, view.at, view.logs
+    inside = fall[start:stop]
+    cuts = np.flatnonzero(inside >= SICK)
+    if not cuts.size or float(inside[cuts].max()) < need:
+        return None
+    cut = start + int(cuts[-1]) + 1
+    deepest = start + int(inside.argmax()) + 1
+    sick, rest = slice(start, cut), slice(cut, None)
+    matrices = layout.matrix[at[sick]]
+    if not matrices.any() or _has_own_head(view, start, cut):
+        return None
+    layers = len(np.unique(layout.layer[at[sick]][matrices]))
+    if start > 0 and layers < LAYERS_IN_BRANCH:
+        return None
+    if layers == 1:
+        need = max(need, LONE)
+    reference = cut + int(np.where(layout.reference[at[rest]], logs[:, rest].mean(axis=0), -np.inf).argmax())
+    need += _unfinished(view, deepest)
+    # Record by record: the whole fall, from the best reference of that record to the best of the deepest sick part.
+    top = np.where(layout.reference[at[rest]], logs[:, rest], -np.inf).max(axis=1)
+    each = top - logs[:, start:deepest].max(axis=1)
+    if each[-LASTING:].min() < need - 0.5 or np.median(each[-LASTING:]) < need:
+        return None
+    pace = (each[WINDOW // 2 :].mean() - each[: WINDOW // 2].mean()) / (WINDOW / 2)
+    now = float(np.median(each[-3:]))
+    if pace < 0 and each.min() > -np.inf and now + RECOVERY * pace < SICK + (need - FALL_IMPROVING if need > FALL_IMPROVING else 0):
+        return None
+    return _Fall(start, cut, reference, float(np.median(each[-LASTING:])))
+
+
+def _has_own_head(view: _View, start: int, cut: int) -> bool:
+    """The part holds a whole module next to the loss: what is after the cut is another branch."""
+    layout, at = view.layout, view.at
+    inside = layout.layer[at[start:cut]][layout.head[at[start:cut]]]
+    if inside.size:
+        outside = layout.layer[at[cut:]]
+        return bool((~np.isin(inside, outside)).any())
+    if layout.roles or cut >= len(at):
+        return False
+    # Without roles: a chain comes closer to the loss; what begins as far from it as the part did is another branch.
+    distance = layout.distance[at]
+    return bool(distance[cut] > distance[cut - 1] and distance[cut] + 2 >= np.nanmax(distance[start:cut]))
+
+
+def _unfinished(view: _View, cut: int) -> float:
+    """Decades of the fall due to matrices after the cut that began at zero and have not grown to a usual size."""
+    blank = np.flatnonzero(view.layout.blank[view.at[cut:]]) + cut
+    if not blank.size:
+        return 0.0
+    scale = view.weights[blank] * view.layout.gain[view.at[blank]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        missing = -np.log10(np.maximum(scale.astype(float), 1e-30))
+    return float(np.nansum(np.maximum(missing, 0.0)))
+
+
+def _by_depth(history: History, view: _View, falls: list[_Fall], sick: NDArray[np.bool_]) -> Finding:
+    meta = history.meta
+    worst = max(falls, key=lambda fall: fall.decades)
+    level = view.logs[-LASTING:].mean(axis=0)
+    names: list[str] = []
+    for fall in sorted(falls, key=lambda fall: -fall.decades):
+        names += [meta.parameters[view.columns[i]].name for i in _by_blame(view, level, fall)]
+    reference = meta.parameters[view.columns[worst.reference]]
+    lowest = worst.start + int(level[worst.start : worst.stop].argmin())
+    ratio = 10.0**-worst.decades
+    matrices = view.layout.matrix[view.at]
+    named = {meta.parameters[i].layer for i in view.columns[sick & matrices]}
+    layers = len(named & {meta.parameters[i].layer for i in view.columns if meta.parameters[i].name in set(names)})
+    total = len(np.unique(view.layout.layer[view.at[matrices]]))
+    return Finding(
+        "vanishing_gradient",
+        Severity.WARNING,
+        _onset(history, view, worst),
+        parameters=tuple(names),
+        message=f"the gradient is {_power(ratio)} of that at {reference.layer or '(model)'}, in {layers} of {total} layers",
+        evidence={
+            "ratio": ratio,
+            "grad_norm": 10.0 ** float(level[lowest]),
+            "reference_norm": 10.0 ** float(level[worst.reference]),
+            "layers": layers,
+            "layers_in_all": total,
+            "sharpest_drop": 10.0 ** -_sharpest(view, level, worst)[0],
+        },
+    )
+
+
+def _sharpest(view: _View, level: NDArray[np.float64], fall: _Fall) -> tuple[float, int]:
+    """The largest drop between neighbours, in decades, and the place after which it is."""
+    so_far = np.maximum.accumulate(level[fall.start : fall.stop])
+    behind = np.append(so_far[1:], level[fall.stop : fall.reference + 1].max() if fall.stop <= fall.reference else so_far[-1])
+    drops = behind - so_far
+    return float(drops.max()), fall.start + int(drops.argmax())
+
+
+def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]:
+    """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first.
+
+    A module that lies on both sides of the cut is left out: its bias gets what its weight lacks for want of an input.
+    """
+    layers = view.layout.layer[view.at]
+    places = np.arange(fall.start, fall.stop)
+    whole = places[~np.isin(layers[places], layers[fall.stop :])]
+    if view.layout.matrix[view.at[whole]].any():
+        places = whole
+    drop, after = _sharpest(view, level, fall)
+    if drop >= 2.0 and drop >= 0.6 * fall.decades:
+        first = places[places <= after][::-1]
+        return [*first.tolist(), *places[places > after].tolist()]
+    # Modules in the order of what their strongest parameter gets: a bias that a normalisation zeroes says nothing.
+    layer = layers[places]
+    strongest = np.full(view.layout.layers, -np.inf)
+    np.maximum.at(strongest, layer, level[places])
+    return [int(i) for i in places[np.lexsort((places, strongest[layer]))]]
+
+
+def _onset(history: History, view: _View, fall: _Fall) -> int:
+    """The first of the kept records since when the fall has been there without a break, at half its size."""
+    back = history.recent("grad_norm", 64)
+    deepest = view.logs[:, fall.start : fall.stop].mean(axis=0).argsort()
+    some = view.columns[fall.start + deepest[-32:]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sick = np.log10(np.maximum(back[:, some], 1e-45)).max(axis=1)
+        rest = np.log10(np.maximum(back[:, view.columns[fall.stop :]], 1e-45))
+        rest = np.where(view.layout.reference[view.at[fall.stop :]], rest, -np.inf)
+        top = np.fmax.reduce(rest, axis=1)
+    steps = history.steps[-len(back) :]
+    seen = np.isfinite(sick)
+    # A record that did not reach them says neither yes nor no.
+    well = np.flatnonzero(seen & (top - sick < min(SICK - 1.0, 0.5 * fall.decades)))
+    if not well.size:
+        return int(steps[np.flatnonzero(seen)[0]]) if steps[0] > 0 else 0
+    later = np.flatnonzero(seen & (np.arange(len(seen)) > well[-1]))
+    return int(steps[later[0]]) if later.size else int(steps[-1])
+
+
+def _stuck(history: History, view: _View) -> Finding | None:
+    """A whole layer that gets next to nothing and whose weights do not move, though others do."""
+    b, layout = history.baselines, view.layout
+    ratio = b.update_ratio[view.columns].astype(float)
+    stepped = (history.recent("grad_state", 1)[0][view.columns] & np.uint8(GradState.STEPPED)) != 0
+    matrix = layout.matrix[view.at] & stepped
+    still = matrix & (ratio <= NEGLIGIBLE)
+    if not still.any() or not (matrix & ~still).any():
+        return None
+    moving = float(np.nanmedian(ratio[matrix & ~still]))
+    high = view.logs[-LASTING:].max(axis=0)
+    peers = float(np.median(view.logs[-LASTING:, matrix].max(axis=1)))
+    early = b.early[view.columns].astype(float) / DECADE
+    # Exactly zero from the start on is another fault's business (or none: attention over a single token).
+    low = (high <= np.maximum(peers, early) - STUCK) & (early > -40)
+    rising = view.logs[WINDOW // 2 :].mean(axis=0) - view.logs[: WINDOW // 2].mean(axis=0) > 0.2
+    sick = still & low & ~rising & (moving >= 1e3 * np.maximum(ratio, 1e-12))
+    # The layer as a whole: all its matrices.
+    well = np.unique(layout.layer[view.at[matrix & ~sick]])
+    sick &= ~np.isin(layout.layer[view.at], well)
+    if not sick.any():
+        return None
+    members = np.flatnonzero(np.isin(layout.layer[view.at], np.unique(layout.layer[view.at[sick]])))
+    level = view.logs[-LASTING:].mean(axis=0)
+    members = members[np.argsort(level[members], kind="stable")]
+    names = tuple(history.meta.parameters[view.columns[i]].name for i in members)
+    worst = float(level[sick].min())
+    return Finding(
+        "vanishing_gradient",
+        Severity.WARNING,
+        _stuck_since(history, view, sick, peers),
+        parameters=names,
+        message=f"the gradient is {_power(10.0 ** (worst - peers))} of the largest and the weights do not move",
+        evidence={
+            "ratio": 10.0 ** (worst - peers),
+            "grad_norm": 10.0**worst,
+            "reference_norm": 10.0**peers,
+            "update_ratio": float(np.nanmax(ratio[sick])),
+        },
+    )
+
+
+def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
+    back = history.recent("grad_norm", 64)[:, view.columns[sick]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.log10(np.maximum(back, 1e-45))
+    well = np.flatnonzero((levels > peers - STUCK + 1.5).any(axis=1))
+    steps = history.steps[-len(back) :]
+    if not well.size:
+        return int(steps[0])
+    return int(steps[min(well[-1] + 1, len(steps) - 1)])
+
+
+def _power(ratio: float) -> str:
+    return f"{ratio:.0e}" if ratio > 1e-37 else "less than 1e-37"
