@@ -88,6 +88,7 @@ class History:
     def __post_init__(self) -> None:
         self.baselines = Baselines(len(self.meta.parameters))
         self._ring = RingBuffer(_row_dtype(len(self.meta.parameters), len(self.meta.layers)), self.window, self.max_bytes)
+        self._blank: NDArray[Any] | None = None
         self._set_names()
 
     def _set_names(self) -> None:
@@ -162,11 +163,12 @@ class History:
 
     def blank_row(self) -> NDArray[Any]:
         """A row in which nothing is observed: a 0-d structured array, NaN in every float field."""
-        row = np.zeros((), self._ring.dtype)
-        for name, statistic in STATISTICS.items():
-            if statistic.dtype.startswith("f"):
-                row[name] = np.nan
-        return row
+        if self._blank is None or self._blank.dtype is not self._ring.dtype:
+            self._blank = np.zeros((), self._ring.dtype)
+            for name, statistic in STATISTICS.items():
+                if statistic.dtype.startswith("f"):
+                    self._blank[name] = np.nan
+        return self._blank.copy()
 
     def append(self, row: NDArray[Any]) -> None:
         """Take a closed record; its number is `recorded` before the call."""

@@ -140,11 +140,14 @@ class GradWatch:
             raise RuntimeError("the model of this GradWatch no longer exists; make a new GradWatch for the new model")
         self._check_actors(models)
         recorder = self._new_recorder(models)
-        self._models, self._recorder = models, recorder
-        self._attached = True
         self.home = threading.get_ident()
         self._entered = time.perf_counter()
-        TAPE.add(self)
+        try:
+            self._models, self._recorder, self._attached = models, recorder, True
+            TAPE.add(self)
+        except BaseException:  # Ctrl-C halfway: nothing may be left behind
+            self._stop()
+            raise
         if any(_ORPHANS.pop(model, False) for model in models.values()):
             self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
         for lack in private.self_test():

@@ -7,6 +7,9 @@ numbers: references to gradients are held only while a backward runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import is_, is_not
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +41,7 @@ class Gradients:
     Attributes:
         norm: float64 `[S]`: last norm read, as `p.grad` held it (loss scale and all).
         nonfinite: float64 `[S]`: NaN and Inf elements then.
-        stale: bool `[S]`: the gradient still holds one that its owner used at its previous step.
+        everything: all slots.
         lagging: slots whose norm is still on a device.
     """
 
@@ -48,14 +51,17 @@ class Gradients:
         size = len(params)
         self.norm = np.full(size, np.nan)
         self.nonfinite = np.zeros(size)
-        self.stale: NDArray[np.bool_] = np.zeros(size, bool)
+        self.everything = list(range(size))
+        self._stale_slots: set[int] = set()
         self.lagging: list[int] = []
-        self._just_stepped: NDArray[np.bool_] = np.zeros(size, bool)
+        self._just_stepped: set[int] = set()
         self._used: dict[int, _Mark] = {}
         self._held: dict[int, list[Tensor]] = {}
+        self._probes_of: tuple[Sequence[int], list[int]] = ((), [])
         self._leftover: dict[int, _Mark] = {}
         self._armed = 3
-        self._zeros: NDArray[np.int64] = np.zeros(size, np.int64)
+        self._any_bad = False
+        self._zeros: dict[int, int] = {}
         self._before: list[Tensor | None] = []
         self._versions: list[int] = []
 
@@ -64,13 +70,11 @@ class Gradients:
     def begin(self) -> None:
         """A backward starts: remember what is there."""
         self._before = before = [p.grad for p in self._params]
-        if not any(g is not None for g in before):
+        if not any(map(is_not, before, repeat(None))):
             self._versions = []
-            if self._just_stepped.any():
-                self._just_stepped[:] = False
-            if self.stale.any():
-                self.stale[:] = False
-                self._held.clear()
+            self._just_stepped.clear()
+            if self._stale_slots:
+                self._clear_stale(list(self._stale_slots))
             return
         self._versions = [0 if g is None else g._version for g in before]
         self._look_for_leftovers(before)
@@ -79,11 +83,13 @@ class Gradients:
         """The backward has returned: the slots it reached."""
         before, self._before = self._before, []
         after = [p.grad for p in self._params]
-        if not self._versions:
+        if self._leftover:
             self._leftover.clear()
+        if not self._versions:
+            if not any(map(is_, after, repeat(None))):
+                return self.everything
             return [slot for slot, g in enumerate(after) if g is not None]
         reached: list[int] = []
-        self._leftover.clear()
         for slot, (g, old, version) in enumerate(zip(after, before, self._versions, strict=True)):
             if g is None:
                 continue
@@ -100,38 +106,43 @@ class Gradients:
 
     def read(self, slots: Sequence[int]) -> None:
         """Read the norms of `slots`; a norm that is not finite, or so small that squares were lost, is read again exactly."""
-        chosen: list[int] = []
-        tensors: list[Tensor] = []
-        for slot in slots:
-            g = self._params[slot].grad
-            if g is not None:
-                chosen.append(slot)
-                tensors.append(g)
+        tensors = [self._params[slot].grad for slot in slots]
+        chosen: Sequence[int] = slots
+        if any(map(is_, tensors, repeat(None))):
+            chosen = [slot for slot, g in zip(slots, tensors, strict=True) if g is not None]
+        there = [g for g in tensors if g is not None]
         with torch.no_grad():
-            self.lagging = self._reader.read(chosen, tensors, self.norm)
+            self.lagging = self._reader.read(chosen, there, self.norm)
             if not self.lagging:
-                self._confirm(chosen, tensors)
+                self._confirm(chosen, there)
 
-    def _confirm(self, slots: list[int], tensors: list[Tensor]) -> None:
-        norms = self.norm[slots]
-        self.nonfinite[slots] = 0
+    def _confirm(self, slots: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        if not slots:
+            return
+        index: Any = slice(None) if slots is self.everything else slots
+        norms = self.norm[index]
+        if norms.min() >= TINY and norms.max() < np.inf:  # a NaN fails both
+            if self._zeros:
+                self._zeros.clear()
+            if self._any_bad:
+                self.nonfinite[index] = 0
+                self._any_bad = bool(self.nonfinite.any())
+            return
+        self.nonfinite[index] = 0
         with np.errstate(invalid="ignore"):
             doubtful = ~(norms >= TINY) | ~np.isfinite(norms)
-        if not doubtful.any():
-            if self._zeros.any():
-                self._zeros[slots] = 0
-            return
-        self._zeros[np.asarray(slots)[~doubtful]] = 0
+        zeros, self._zeros = self._zeros, {}
         for i in np.flatnonzero(doubtful).tolist():
             slot, tensor = slots[i], tensors[i]
             if norms[i] == 0:
-                self._zeros[slot] += 1
-                if tensor.numel() == 0 or (self._zeros[slot] > 8 and self._zeros[slot] % _RECHECK):
+                self._zeros[slot] = seen = zeros.get(slot, 0) + 1
+                if tensor.numel() == 0 or (seen > 8 and seen % _RECHECK):
                     continue
             true, bad = exact(tensor)
             if true > 0 or bad:
-                self._zeros[slot] = 0
+                self._zeros.pop(slot, None)
             self.nonfinite[slot] = bad
+            self._any_bad |= bad > 0
             if not bad:
                 self.norm[slot] = true
 
@@ -149,9 +160,7 @@ class Gradients:
         self._params, self._reader = params, reader
         self.norm = np.append(self.norm, np.full(more, np.nan))
         self.nonfinite = np.append(self.nonfinite, np.zeros(more))
-        self.stale = np.append(self.stale, np.zeros(more, bool))
-        self._just_stepped = np.append(self._just_stepped, np.zeros(more, bool))
-        self._zeros = np.append(self._zeros, np.zeros(more, np.int64))
+        self.everything = list(range(len(params)))
 
     # -- between backward and step -------------------------------------------------------------------------------------------------
 
@@ -176,7 +185,16 @@ class Gradients:
 
     def probes(self, slots: Sequence[int]) -> list[int]:
         """Up to three of `slots` with a finite, non-zero norm: small ones, spread over the network."""
-        usable = [slot for slot in slots if np.isfinite(self.norm[slot]) and self.norm[slot] > TINY]
+        if self._probes_of[0] is slots:  # the same parameters as last time, in the same list
+            probes = self._probes_of[1]
+            if all(TINY < self.norm[slot] < np.inf for slot in probes):
+                return probes
+        probes = self._choose_probes(slots)
+        self._probes_of = (slots, probes)
+        return probes
+
+    def _choose_probes(self, slots: Sequence[int]) -> list[int]:
+        usable = [slot for slot in slots if TINY < self.norm[slot] < np.inf]
         small = [slot for slot in usable if self._params[slot].numel() <= 4096] or sorted(usable, key=self._numel)[:PROBES]
         if len(small) <= PROBES:
             return small
@@ -187,20 +205,25 @@ class Gradients:
 
     def scaled_since(self, probes: Sequence[int]) -> NDArray[np.float64]:
         """The norm of each probe now over its norm when read; NaN where its gradient is None or on a device."""
-        now = [np.nan if (g := self._params[slot].grad) is None else quick_norm(g) for slot in probes]
+        ratios = np.full(len(probes), np.nan)
         with np.errstate(all="ignore"):
-            ratio: NDArray[np.float64] = np.asarray(now) / self.norm[list(probes)]
-        ratio[np.abs(ratio - 1) < UNCHANGED] = 1.0
-        return ratio
+            for i, slot in enumerate(probes):
+                g = self._params[slot].grad
+                if g is not None:
+                    ratio = quick_norm(g) / float(self.norm[slot])
+                    ratios[i] = 1.0 if abs(ratio - 1.0) < UNCHANGED else ratio
+        return ratios
 
     # -- around a step -------------------------------------------------------------------------------------------------------------
 
     def used(self, slots: Sequence[int]) -> None:
         """The owner of `slots` has stepped."""
-        self._just_stepped[slots] = True
-        self.stale[slots] = False
-        for slot in slots:
-            self._used.pop(slot, None)
+        self._just_stepped.update(slots)
+        if self._stale_slots:
+            self._clear_stale(slots)
+        if self._used:
+            for slot in slots:
+                self._used.pop(slot, None)
         if self._armed > 0:
             self._armed -= 1
             for slot in slots:
@@ -208,40 +231,38 @@ class Gradients:
                 if g is not None:
                     self._used[slot] = (id(g), g._version)
 
+    def _clear_stale(self, slots: Iterable[int]) -> None:
+        self._stale_slots.difference_update(slots)
+        for slot in slots:
+            self._held.pop(slot, None)
+
     def uses_stale(self, slots: Iterable[int]) -> list[int]:
         """Those of `slots` whose gradient still holds one that its owner used at its previous step: asked right before a step."""
-        if not self.stale.any():
-            return []
-        found = []
-        for slot in slots:
-            if not self.stale[slot]:
-                continue
+        found: list[int] = []
+        for slot in self._stale_slots.intersection(slots):
             g = self._params[slot].grad
             # What is still on a device has been asked for long ago; only here is it waited for.
             if g is None or not all(bool(held) for held in self._held.pop(slot, ())) or _is_zero(g):
-                self.stale[slot] = False
+                self._stale_slots.discard(slot)
             else:
                 found.append(slot)
         return found
 
     def _look_for_leftovers(self, before: list[Tensor | None]) -> None:
         """At the first backward after a step: gradients that are still there, unchanged, are stale until somebody clears them."""
-        for slot in np.flatnonzero(self.stale).tolist():
+        for slot in sorted(self._stale_slots):
             g = before[slot]
             if g is None or not self._holds_something(slot, g):
-                self.stale[slot] = False
-                self._held.pop(slot, None)
-        if not self._just_stepped.any():
-            return
-        for slot in np.flatnonzero(self._just_stepped).tolist():
+                self._clear_stale([slot])
+        for slot in self._just_stepped:
             g = before[slot]
             if g is None:
                 continue
             self._armed = 3
             used = self._used.get(slot)
             if used is not None and used == (id(g), g._version) and self._holds_something(slot, g):
-                self.stale[slot] = True
-        self._just_stepped[:] = False
+                self._stale_slots.add(slot)
+        self._just_stepped.clear()
         self._used.clear()
 
     def _holds_something(self, slot: int, gradient: Tensor) -> bool:

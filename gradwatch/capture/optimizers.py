@@ -24,7 +24,9 @@ class _Known:
         self.name = name
         self.signature: _Signature | None = None
         self.slots: list[int] = []
-        self.groups: list[list[int]] = []
+        self.slot_set: frozenset[int] = frozenset()
+        self.index = np.zeros(0, np.int64)
+        self.groups: list[np.ndarray[Any, np.dtype[np.int64]]] = []
 
 
 class Owners:
@@ -32,6 +34,7 @@ class Owners:
 
     Attributes:
         owner_of: slot -> key of its owner. Where two optimizers hold a parameter, the one that stepped last.
+        owners: int64 `[S]`: the same as an array, -1 for none; a new array whenever it changes.
     """
 
     def __init__(self, table: ParameterTable) -> None:
@@ -39,6 +42,7 @@ class Owners:
         self._known: list[_Known] = []
         self._key_of: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.owner_of: dict[int, int] = {}
+        self.owners = np.full(len(table), -1, np.int64)
 
     def adopt(self, optimizer: Optimizer) -> tuple[int | None, bool]:
         """Take an optimizer in.
@@ -67,8 +71,12 @@ class Owners:
                 del self.owner_of[slot]
         for other in {self.owner_of[slot] for slot in slots if slot in self.owner_of}:
             self._known[other].signature = None  # it takes its parameters back when it steps
-        known.signature, known.slots, known.groups = signature, slots, groups
+        known.signature, known.slots, known.slot_set = signature, slots, frozenset(slots)
+        known.index = np.array(slots, np.int64)
+        known.groups = [np.array(group, np.int64) for group in groups]
         self.owner_of.update(dict.fromkeys(slots, key))
+        self.owners = np.full(len(self._table), -1, np.int64)
+        self.owners[list(self.owner_of)] = list(self.owner_of.values())
         return (key if slots else None), True
 
     def refresh(self) -> None:
@@ -99,6 +107,14 @@ class Owners:
     def slots(self, key: int) -> list[int]:
         """What the optimizer owns."""
         return self._known[key].slots
+
+    def slot_set(self, key: int) -> frozenset[int]:
+        """The same as a set."""
+        return self._known[key].slot_set
+
+    def index(self, key: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The same as an array."""
+        return self._known[key].index
 
     def optimizer(self, key: int) -> Optimizer | None:
         """The optimizer itself, while it lives."""

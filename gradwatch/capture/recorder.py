@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,7 +82,7 @@ class _Closed:
     outcome: Outcome
     record: Open
     draft: Draft
-    owner_of: dict[int, int]
+    owners: NDArray[np.int64]
     time: float
 
 
@@ -172,6 +173,8 @@ class Recorder:
         self._initial = InitialFacts()
         self._order: dict[int, int] = {}
         self._distance: dict[int, int] = {}
+        self._walked: set[int] = set()
+        self._walked_all = False
         self._unreached: set[int] | None = None
         self._opaque = False
         self._outside: list[weakref.ref[Tensor]] = []
@@ -220,8 +223,8 @@ class Recorder:
             if scalar:
                 self._add_loss(draft, roots)
             self._take_told(draft)
-            if not self._order.keys() >= set(reached):
-                self._walk(roots)
+            if reached is not self.gradients.everything or not self._walked_all:
+                self._walk_if_new(reached, roots)
         outcome = self.clock.backward_end(reached)
         if outcome is not None:
             self._finish(outcome)
@@ -282,15 +285,17 @@ class Recorder:
         if record is None or draft is None or optimizer is None:
             return
         mine = self.owners.slots(key)
-        reached = [slot for slot in mine if slot in record.reached]
+        # The same list as last time where it is all of them: that is what the choice of probes is remembered by.
+        reached = mine if record.reached >= self.owners.slot_set(key) else [slot for slot in mine if slot in record.reached]
         self._note_use(draft, key)
         gone = self.gradients.gone(reached)
-        draft.flag(gone, GradState.CLEARED)
+        if gone:
+            draft.flag(gone, GradState.CLEARED)
         if draft.full and not all(self.weights.taken[mine]):
             self.weights.take_before([slot for slot in mine if not self.weights.taken[slot]])
         there = [slot for slot in reached if not draft.state[slot] & GradState.CLEARED] if gone else reached
         ratios = self.gradients.scaled_since(self.gradients.probes(there))
-        if ratios.size and not ratios.any() and self.gradients.cleared(there):
+        if ratios.size and not any(ratios.tolist()) and self.gradients.cleared(there):
             draft.flag(there, GradState.CLEARED)
             return
         scaled_on_device = getattr(optimizer, "grad_scale", None) is not None
@@ -298,10 +303,10 @@ class Recorder:
         self._see_hand_scale(draft, ratios)
         if not draft.by_scaler and draft.scale != 1.0:
             expected = 1.0 / draft.scale
-        coefs = ratios[np.isfinite(ratios)] / expected
-        touched = bool((np.abs(coefs - 1) > UNCHANGED).any())
+        coefs = [ratio / expected for ratio in ratios.tolist() if math.isfinite(ratio)]
+        touched = any(abs(coef - 1.0) > UNCHANGED for coef in coefs)
         if touched:
-            self._clipped(draft, reached, float(coefs.min()))
+            self._clipped(draft, reached, min(coefs))
         if self._act is None or not there:
             return
         self._await()
@@ -339,7 +344,9 @@ class Recorder:
         """The learning rate of the step, and the gradients in it that are left from an earlier one."""
         draft.noted.add(key)
         self.owners.write_lr(key, draft.lr)
-        draft.flag(self.gradients.uses_stale(self.owners.slots(key)), GradState.STALE)
+        stale = self.gradients.uses_stale(self.owners.slots(key))
+        if stale:
+            draft.flag(stale, GradState.STALE)
 
     def post_step(self, optimizer: Optimizer) -> None:
         """A step has returned."""
@@ -358,12 +365,14 @@ class Recorder:
             if draft is not None and key not in draft.noted:
                 self._note_use(draft, key)  # its gradients came from a closure inside the step
             self.gradients.used(mine)
-        used = record is not None and draft is not None and any(slot in record.reached for slot in mine)
+        used = record is not None and draft is not None and not record.reached.isdisjoint(mine)
         if used and draft is not None and outermost and not found_inf:
-            draft.flag(mine, GradState.STEPPED)
+            draft.flag(self.owners.index(key), GradState.STEPPED)
             self._ever_stepped = True
             if draft.full:
                 self._measure_change(draft, mine)
+        if found_inf and draft is not None:
+            draft.lr[self.owners.index(key)] = np.nan
         outcome = self.clock.post(key, found_inf)
         if outcome is not None:
             self._finish(outcome)
@@ -425,10 +434,12 @@ class Recorder:
             full = count < dense or count % every == 0
             draft = self._draft = Draft.blank(len(self.table), full, cadence)
         self.gradients.read(slots)
-        draft.norm[slots] = self.gradients.norm[slots]
-        draft.nonfinite[slots] = self.gradients.nonfinite[slots]
-        draft.flag(slots, GradState.REACHED)
-        draft.remote = sorted({*draft.remote, *self.gradients.lagging})
+        index: Any = slice(None) if slots is self.gradients.everything else slots
+        draft.norm[index] = self.gradients.norm[index]
+        draft.nonfinite[index] = self.gradients.nonfinite[index]
+        draft.flag(index, GradState.REACHED)
+        if self.gradients.lagging:
+            draft.remote = sorted({*draft.remote, *self.gradients.lagging})
         if draft.full or not draft.cadence:
             self._sample(draft, slots)
 
@@ -507,8 +518,12 @@ class Recorder:
         """The same exact power of two on all probes, three updates running, is a loss scale by hand."""
         if draft.by_scaler:
             return
-        one = float(ratios[0]) if ratios.size and np.isfinite(ratios).all() and np.ptp(ratios) <= UNCHANGED * ratios[0] else 1.0
-        power = 2.0 ** round(float(np.log2(one))) if one > 0 else 1.0
+        seen = ratios.tolist()
+        if all(ratio == 1.0 for ratio in seen):
+            self._hand_seen.clear()
+            return
+        one = seen[0] if all(math.isfinite(ratio) and abs(ratio - seen[0]) <= UNCHANGED * seen[0] for ratio in seen) else 1.0
+        power = 2.0 ** round(math.log2(one)) if one > 0 else 1.0
         if power == 1.0 or abs(one / power - 1) > UNCHANGED:
             self._hand_seen.clear()
             return
@@ -592,7 +607,7 @@ class Recorder:
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
             self._foreign_steps = self._unowned = 0
-            closed = _Closed(outcome, record, draft, dict(self.owners.owner_of), time.perf_counter() - self._started)
+            closed = _Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
             if draft.remote or draft.remote_loss:
                 self._drain(force=True, before=closed)
@@ -630,32 +645,21 @@ class Recorder:
     def _row(self, closed: _Closed) -> NDArray[Any]:
         draft, record, outcome = closed.draft, closed.record, closed.outcome
         row = self._blank_row()
-        reached = np.zeros(len(draft.norm), bool)
-        reached[list(record.reached)] = True
-        counted = reached
-        if record.stepped:
-            owner = np.full(len(draft.norm), -1)
-            for slot, key in closed.owner_of.items():
-                owner[slot] = key
-            steps = np.isin(owner, np.array([key for key in record.stepped if isinstance(key, int)], np.int64))
-            foreign = reached & (owner >= 0) & ~steps
-            reached, counted = reached & ~foreign, reached & steps
-            draft.state[foreign] = 0
-        columns = np.append(self.table.columns, -1)[: len(draft.norm)]
         scale = draft.scale
+        columns: Any = slice(None) if self.table.in_order and len(draft.norm) == len(self.table) else self.table.columns
         with np.errstate(all="ignore"):
-            total = float(np.sqrt(np.sum((draft.norm[counted] / scale) ** 2)))
-            shown = reached & (columns >= 0)
-            at = columns[shown]
-            row["grad_norm"][at] = draft.norm[shown] / scale
-            row["grad_nonfinite"][at] = draft.nonfinite[shown]
-            row["weight_norm"][at] = draft.weight_norm[shown]
-            stepped = (draft.state & GradState.STEPPED > 0) & (columns >= 0)
-            changed = (shown | stepped) & ~np.isnan(draft.ratio)
-            row["update_ratio"][columns[changed]] = draft.ratio[changed]
-            flagged = (draft.state != 0) & (columns >= 0)
-            row["grad_state"][columns[flagged]] = draft.state[flagged]
-            row["lr"][columns[stepped]] = draft.lr[stepped]
+            norm = draft.norm if scale == 1.0 else draft.norm / scale
+            counted = norm
+            if record.stepped:
+                counted = self._without_strangers(closed, norm)
+            if counted is norm:
+                counted = norm[~np.isnan(norm) | (draft.nonfinite > 0)] if np.isnan(norm).any() else norm
+            total = math.sqrt(float(counted.dot(counted)))
+            if isinstance(columns, slice):
+                self._write(row, draft, norm, slice(None), slice(None))
+            else:
+                shown = np.flatnonzero(columns[: len(norm)] >= 0)
+                self._write(row, draft, norm, columns[shown], shown)
             if draft.told:
                 row["loss"], row["loss_terms"] = np.mean(draft.told), len(draft.told)
             else:
@@ -673,6 +677,32 @@ class Recorder:
         row["time"] = closed.time
         return row
 
+    def _without_strangers(self, closed: _Closed, norm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Leave the parameters of owners that did not step out of the record; the norms of those whose owner did."""
+        draft, record = closed.draft, closed.record
+        owners = closed.owners[: len(norm)]
+        reached = draft.state & np.uint8(GradState.REACHED) > 0
+        if record.owners == record.stepped and not (reached & (owners < 0)).any():
+            return norm
+        steps = np.isin(owners, np.array([key for key in record.stepped if isinstance(key, int)], np.int64))
+        foreign = reached & (owners >= 0) & ~steps
+        if foreign.any():
+            draft.state[foreign] = 0
+            draft.nonfinite[foreign] = 0
+            for values in (norm, draft.weight_norm, draft.ratio, draft.lr):
+                values[foreign] = np.nan
+        return norm[reached & steps]
+
+    def _write(self, row: NDArray[Any], draft: Draft, norm: NDArray[np.float64], to: Any, of: Any) -> None:
+        row["grad_norm"][to] = norm[of]
+        row["grad_state"][to] = draft.state[of]
+        row["lr"][to] = draft.lr[of]
+        if draft.full:
+            row["weight_norm"][to] = draft.weight_norm[of]
+            row["update_ratio"][to] = draft.ratio[of]
+        nonfinite = draft.nonfinite[of]
+        row["grad_nonfinite"][to] = np.where(np.isnan(norm[of]) & (nonfinite == 0), np.nan, nonfinite)
+
     # -- facts ---------------------------------------------------------------------------------------------------------------------
 
     pending: Pending = Pending()
@@ -684,6 +714,14 @@ class Recorder:
             foreign_steps=self._foreign_steps,
             ever_stepped=self._ever_stepped,
         )
+
+    def _walk_if_new(self, reached: list[int], roots: Sequence[Any]) -> None:
+        """Walk each graph that reaches a parameter which no walk was made for."""
+        if self._walked.issuperset(reached):
+            return
+        self._walked.update(reached)
+        self._walked_all = len(self._walked) == len(self.table)
+        self._walk(roots)
 
     def _walk(self, roots: Iterable[Any]) -> None:
         facts = walk(roots, self.table.slot_of)
