@@ -73,21 +73,36 @@ def _scale(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _weight(finding: Finding, history: History) -> tuple[str, str]:
-    return (
+    return _diverged(history) or (
         "A step or an assignment wrote NaN or Inf into the weights; every output computed from them is lost.",
         "Go back to a checkpoint from before that update; check the step size and what else writes to the weights.",
     )
 
 
 def _loss(finding: Finding, history: History) -> tuple[str, str]:
-    return (
+    return _diverged(history) or (
         "A log, sqrt, division or exp in the model or the loss left its domain, or the batch held a NaN.",
         "Check the batch, then guard the operation (eps inside log and sqrt, a clamp before exp); lower the learning rate.",
     )
 
 
-def _gradient(finding: Finding, history: History) -> tuple[str, str]:
+def _diverged(history: History) -> tuple[str, str] | None:
+    """The loss had grown a hundredfold before it was lost."""
+    b = history.baselines
+    losses = b.losses[np.isfinite(b.losses)]
+    if len(losses) < 2 or not b.first_losses.size:
+        return None
+    first, last = float(np.median(b.first_losses[:2])), float(losses[-1])
+    if not abs(last) > 100 * abs(first):
+        return None
     return (
+        f"The training diverged: the loss grew from {first:.3g} to {last:.3g} before it overflowed.",
+        "Lower the learning rate by 3 to 10 times, warm it up, and clip the gradient norm (clip=1.0).",
+    )
+
+
+def _gradient(finding: Finding, history: History) -> tuple[str, str]:
+    return _diverged(history) or (
         "The loss is finite but a derivative is not: sqrt, norm or pow at 0, a masked division, or an overflow.",
         "Add an eps inside the root or the norm, and select safe inputs before the operation, not its output after it.",
     )
@@ -105,8 +120,18 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
     flat = sum(names[name] for name in ("Tanh", "Softsign", "Hardtanh"))
     gain = _typical_gain(finding, history)
     whole = e["ratio"]
-    if e.get("sharpest_drop", 1.0) <= max(1e-2, whole**0.6):
+    if e.get("share_of_drop", 0.0) >= 0.6 or (e.get("sharpest_drop", 1.0) <= 10**-2.5 and not (gain is not None and gain < 0.1)):
         first = finding.layers[0] or "(model)" if finding.layers else "one place"
+        if e.get("nodes", 0.0) >= 12:
+            return (
+                f"It is lost behind {first}, on the way back through many passes of the same layer, each of which shrinks it.",
+                "Use an LSTM, a GRU or residual steps, an orthogonal recurrent weight, or fewer steps.",
+            )
+        if e.get("gain_there", 1.0) < 0.1:
+            return (
+                f"The weights of the layer after {first} are tiny: they keep {_times(e['gain_there'])} of the scale of what passes.",
+                "Initialise that layer with kaiming_normal_ or xavier_normal_.",
+            )
         return (
             f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e['sharpest_drop'])}.",
             "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",

@@ -264,6 +264,7 @@ def _told(history: History, m: _Modules, growth: _Growth) -> Finding:
     ratio = 10.0 ** (top - reference)
     after = _module_name(history, m, cut + int(level[cut:].argmax()))
     steps = level[:-1] - level[1:]
+    strong = m.gain[m.gain >= GAIN]
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
@@ -275,7 +276,7 @@ def _told(history: History, m: _Modules, growth: _Growth) -> Finding:
             "grad_norm": 10.0**top,
             "reference_norm": 10.0**reference,
             "layers": len(sick),
-            "gain": float(np.nanmedian(m.gain[:-1])),
+            "gain": float(np.median(strong)) if strong.size else 1.0,
             "explained": float(growth.explained),
             "sharpest_rise": 10.0 ** float(steps[:cut].max()),
         },

@@ -45,6 +45,13 @@ STUCK = 5.0
 """Decades below its peers' largest, or its own early median, from which a layer that does not move is sick by itself. Healthy
 transformers hold a projection at 3 to 4 (measured)."""
 
+ONE_PLACE = 0.6
+"""Share of the decades lost between two neighbours, from which that place is named first: in even stacks it is one in their number."""
+
+OUTSTANDING = 2.5
+"""Decades lost between two neighbours from which that place is named first in any case: a sigmoid with PyTorch's default weights in
+front of it loses 0.85, weights of a tenth of the usual scale 1.4."""
+
 NEGLIGIBLE = 1e-7
 """Update ratio that changes nothing: half of float32's resolution, 1.2e-7, is what rounds away."""
 
@@ -224,6 +231,11 @@ def _by_depth(history: History, view: _View, falls: list[_Fall], sick: NDArray[n
     reference = meta.parameters[view.columns[worst.reference]]
     lowest = worst.start + int(level[worst.start : worst.stop].argmin())
     ratio = 10.0**-worst.decades
+    drop, last = _sharpest(level, worst)
+    distance = view.layout.distance[view.at]
+    above = min(last + 1, len(distance) - 1)
+    gain = view.weights[above] * view.layout.gain[view.at[above]]
+    nodes = float(distance[last] - distance[above])
     matrices = view.layout.matrix[view.at]
     named = {meta.parameters[i].layer for i in view.columns[sick & matrices]}
     layers = len(named & {meta.parameters[i].layer for i in view.columns if meta.parameters[i].name in set(names)})
@@ -240,35 +252,37 @@ def _by_depth(history: History, view: _View, falls: list[_Fall], sick: NDArray[n
             "reference_norm": 10.0 ** float(level[worst.reference]),
             "layers": layers,
             "layers_in_all": total,
-            "sharpest_drop": 10.0 ** -_sharpest(view, level, worst)[0],
+            "sharpest_drop": 10.0**-drop,
+            "share_of_drop": drop / worst.decades,
+            "gain_there": float(gain) if np.isfinite(gain) else 1.0,
+            "nodes": nodes if np.isfinite(nodes) else 0.0,
         },
     )
 
 
-def _sharpest(view: _View, level: NDArray[np.float64], fall: _Fall) -> tuple[float, int]:
-    """The largest drop between neighbours, in decades, and the place after which it is."""
-    so_far = np.maximum.accumulate(level[fall.start : fall.stop])
-    behind = np.append(so_far[1:], level[fall.stop : fall.reference + 1].max() if fall.stop <= fall.reference else so_far[-1])
-    drops = behind - so_far
+def _sharpest(level: NDArray[np.float64], fall: _Fall) -> tuple[float, int]:
+    """The largest drop between neighbours on the way to the reference, in decades, and the place before which it is lost."""
+    so_far = np.maximum.accumulate(level[fall.start : fall.reference + 1])
+    drops = so_far[1:] - so_far[:-1]
     return float(drops.max()), fall.start + int(drops.argmax())
 
 
-def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]:
-    """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first.
-
-    A module that lies on both sides of the cut is left out: its bias gets what its weight lacks for want of an input.
-    """
+def _whole(view: _View, fall: _Fall) -> NDArray[np.int64]:
+    """Places of the sick, without modules that lie on both sides of the cut: their bias gets what their weight lacks an input for."""
     layers = view.layout.layer[view.at]
     places = np.arange(fall.start, fall.stop)
     whole = places[~np.isin(layers[places], layers[fall.stop :])]
-    if view.layout.matrix[view.at[whole]].any():
-        places = whole
-    drop, after = _sharpest(view, level, fall)
-    if drop >= 2.0 and drop >= 0.6 * fall.decades:
-        first = places[places <= after][::-1]
-        return [*first.tolist(), *places[places > after].tolist()]
+    return whole if view.layout.matrix[view.at[whole]].any() else places
+
+
+def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]:
+    """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first."""
+    places = _whole(view, fall)
+    drop, last = _sharpest(level, fall)
+    if drop >= ONE_PLACE * fall.decades or drop >= OUTSTANDING:
+        return [int(i) for i in (*places[places <= last][::-1], *places[places > last])]
     # Modules in the order of what their strongest parameter gets: a bias that a normalisation zeroes says nothing.
-    layer = layers[places]
+    layer = view.layout.layer[view.at[places]]
     strongest = np.full(view.layout.layers, -np.inf)
     np.maximum.at(strongest, layer, level[places])
     return [int(i) for i in places[np.lexsort((places, strongest[layer]))]]
@@ -277,8 +291,8 @@ def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]
 def _onset(history: History, view: _View, fall: _Fall) -> int:
     """The first of the kept records since when the fall has been there without a break, at half its size."""
     back = history.recent("grad_norm", 64)
-    deepest = view.logs[:, fall.start : fall.stop].mean(axis=0).argsort()
-    some = view.columns[fall.start + deepest[-32:]]
+    places = _whole(view, fall)
+    some = view.columns[places[view.logs[:, places].mean(axis=0).argsort()[-32:]]]
     with np.errstate(divide="ignore", invalid="ignore"):
         sick = np.log10(np.maximum(back[:, some], 1e-45)).max(axis=1)
         rest = np.log10(np.maximum(back[:, view.columns[fall.stop :]], 1e-45))
