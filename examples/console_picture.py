@@ -1,7 +1,8 @@
 """The console of a run that does not learn, and of the same run with the remedy, as text and as a picture.
 
-The classic case: ten sigmoid layers, plain SGD, predicting the next character of the Python source that is on this machine. Every
-line and every number in the picture is from the run that this script makes; it takes a few seconds.
+The classic case: ten sigmoid layers, plain SGD, predicting the next character of the Python source that is on this machine. But for
+the two prompts every line and every number is from the run that this script makes, in some seconds; the bars are
+`gradwatch.present.report.fall`, as `gradwatch demo` shows them.
 
     python examples/console_picture.py examples/console.svg
 """
@@ -22,7 +23,7 @@ from torch import nn
 from gradwatch import GradWatch
 from gradwatch.present.report import fall
 
-CONTEXT, CHARACTERS, WIDTH, UPDATES = 8, 128, 64, 301
+CONTEXT, CHARACTERS, WIDTH, UPDATES = 8, 128, 256, 201
 
 
 def network(activation: type[nn.Module]) -> nn.Sequential:
@@ -51,7 +52,7 @@ def train(model: nn.Module, console: Console) -> GradWatch:
             loss = nn.functional.cross_entropy(model(context), target)
             loss.backward()
             optimizer.step()
-            if step % 100 == 0:
+            if step % 50 == 0:
                 console.print(f"step {step:3}  loss {loss.item():.2f}", highlight=False)
     return watch
 
