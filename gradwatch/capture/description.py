@@ -33,6 +33,10 @@ _ACTIVATIONS = tuple(
 )
 
 
+_WHOLE = 2**20
+"""Elements up to which a parameter is looked at whole when it is first seen."""
+
+
 def kind_of(module: nn.Module) -> str:
     """What a module is, for the words of a verdict."""
     if isinstance(module, _ACTIVATIONS):
@@ -76,6 +80,9 @@ def _initial(parameter: Tensor) -> tuple[float, bool]:
     tensor = as_real(getattr(tensor, "_local_tensor", tensor))
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point or tensor.layout is not torch.strided:
         return float("nan"), False
+    if tensor.numel() > _WHOLE and tensor.is_contiguous():
+        # A few million elements say how a matrix was initialised as well as all of them, and attaching stays quick.
+        tensor = tensor.flatten(1)[: max(2, _WHOLE * tensor.shape[0] // tensor.numel())] if tensor.dim() > 1 else tensor[:_WHOLE]
     with torch.no_grad():
         rms = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / tensor.numel() ** 0.5
         equal = tensor.dim() > 1 and tensor.shape[0] > 1 and bool((tensor[1:] == tensor[:1]).all())

@@ -191,6 +191,7 @@ class Recorder:
         self._foreign_steps = self._unowned = 0
         self._ever_stepped = False
         self._dirty = False
+        self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
         self.unfinished = 0
         self._describe()
@@ -442,6 +443,8 @@ class Recorder:
             draft.remote = sorted({*draft.remote, *self.gradients.lagging})
         if draft.full or not draft.cadence:
             self._sample(draft, slots)
+        elif not self._versions:
+            self._versions = [(slot, self.table.params[slot]._version) for slot in slots[:3]]
 
     def _cadence(self, slots: Iterable[int]) -> frozenset[int]:
         owner_of = self.owners.owner_of
@@ -554,7 +557,11 @@ class Recorder:
 
     def _moved(self) -> bool:
         record = self.clock.open
-        return record is not None and self.weights.moved(sorted(record.reached))
+        if record is None:
+            return False
+        if self._versions:  # no sample was taken: a hint, for it does not move under `p.data.sub_`
+            return any(self.table.params[slot]._version != version for slot, version in self._versions)
+        return self.weights.moved(sorted(record.reached))
 
     def _left_out_by_scaler(self) -> bool:
         """Under a GradScaler gradients that are not finite are never stepped: the update is over, though nothing followed it."""
@@ -616,6 +623,7 @@ class Recorder:
             else:
                 self._drain(force=True)
         self.weights.forget()
+        self._versions.clear()
 
     def _by_hand(self, draft: Draft, record: Open) -> None:
         slots = sorted(slot for slot in record.reached if self.weights.taken[slot])
