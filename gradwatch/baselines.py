@@ -41,7 +41,6 @@ _COLUMNS: dict[str, tuple[str, float]] = {
     "lr": ("f4", np.nan),
 }
 _WINDOWS: dict[str, tuple[str, float]] = {"first": ("f4", np.nan), "last": ("f4", np.nan)}
-_SCALARS = ("residuals", "losses")
 
 
 class Baselines:
@@ -68,6 +67,7 @@ class Baselines:
             let expect; 0 is usual. NaN where too little was known.
         losses: float64 of at most `KEPT` records, oldest first; NaN where not observed, or in a skipped record.
         first_losses: float64, the first `WINDOW` finite ones.
+        first_totals: float64, the first `WINDOW` total norms that were neither zero nor non-finite.
         first_scale: loss scale of the first record that had one other than 1; NaN before.
         skips: records in a row that a GradScaler skipped.
         idle: records in a row that were skipped because nothing stepped.
@@ -99,6 +99,7 @@ class Baselines:
         self.residuals: NDArray[np.float64] = np.empty(0)
         self.losses: NDArray[np.float64] = np.empty(0)
         self.first_losses: NDArray[np.float64] = np.empty(0)
+        self.first_totals: NDArray[np.float64] = np.empty(0)
         self.first_scale = float("nan")
         self.skips = 0
         self.idle = 0
@@ -110,6 +111,9 @@ class Baselines:
         reason = int(row["skip_reason"])
         skipped = bool(row["skipped"])
         self._count(row["grad_state"], skipped, step)
+        total = float(row["total_norm"])
+        if len(self.first_totals) < WINDOW and not skipped and 0.0 < total < np.inf:
+            self.first_totals = np.append(self.first_totals, total)
         self._take_scalars(float(row["loss"]), float(row["loss_scale"]), skipped, reason)
         if not skipped:
             self._take_norms(row["grad_norm"])
@@ -122,19 +126,18 @@ class Baselines:
         stepped = (state & _STEPPED) != 0
         some_stepped = bool(stepped.any())
         self.reached += reached
-        self.last_reached[reached] = step
+        np.copyto(self.last_reached, np.int32(step), where=reached)
         self.stepped += stepped
         if some_stepped:
             ends = reached & (self.missed > 0)
             if ends.any():
                 np.maximum(self.gap, self.missed, out=self.gap, where=ends)
             self.missed += stepped
-            stale = ((state & _STALE) != 0).astype(np.uint16)
-            np.copyto(self.stale, (self.stale << np.uint16(1)) | stale, where=stepped)
+            np.copyto(self.stale, (self.stale << np.uint16(1)) | ((state & _STALE) != 0), where=stepped)
             if not skipped:
                 self.orphan += reached & ~stepped
-                self.orphan[stepped] = 0
-        self.missed[reached] = 0
+                np.copyto(self.orphan, np.int32(0), where=stepped)
+        np.copyto(self.missed, np.int32(0), where=reached)
 
     def _take_scalars(self, loss: float, scale: float, skipped: bool, reason: int) -> None:
         self.skips = self.skips + 1 if reason == SkipReason.SCALER else 0
@@ -149,35 +152,48 @@ class Baselines:
 
     def _take_norms(self, norms: NDArray[np.float32]) -> None:
         fine = np.isfinite(norms)
-        self.residuals = np.append(self.residuals[-KEPT + 1 :], self._residual(norms, fine))
-        columns = np.flatnonzero(fine)
-        if not columns.size:
+        whole = bool(fine.all())
+        self.residuals = np.append(self.residuals[-KEPT + 1 :], self._residual(norms, fine, whole))
+        # In most runs all columns are observed in all records: then a row of the window is written whole.
+        columns = slice(None) if whole else np.flatnonzero(fine)
+        seen = self.seen[columns]
+        if not seen.size:
             return
         with np.errstate(divide="ignore"):
             logs = np.maximum(np.log(norms[columns]), ZERO)
-        seen = self.seen[columns]
-        self.last[seen % WINDOW, columns] = logs
-        new = seen < WINDOW
-        if new.any():
-            self.first[seen[new], columns[new]] = logs[new]
-            full = columns[seen == WINDOW - 1]
+        least, most = int(seen.min()), int(seen.max())
+        if whole and least == most:
+            self.last[most % WINDOW] = logs
+            if most < WINDOW:
+                self.first[most] = logs
+        else:
+            at = np.arange(self.parameters)[columns]
+            self.last[seen % WINDOW, at] = logs
+            if least < WINDOW:
+                new = seen < WINDOW
+                self.first[seen[new], at[new]] = logs[new]
+        if least < WINDOW:
+            full = np.arange(self.parameters)[columns][seen == WINDOW - 1]
             if full.size:
                 self.early[full] = np.median(self.first[:, full], axis=0)
         self.seen[columns] += 1
 
-    def _residual(self, norms: NDArray[np.float32], fine: NDArray[np.bool_]) -> float:
-        known = fine & (self.seen >= WINDOW)
+    def _residual(self, norms: NDArray[np.float32], fine: NDArray[np.bool_], whole: bool) -> float:
+        known = self.seen >= WINDOW
+        if not whole:
+            known &= fine
         if not known.any():
             return float("nan")
         if known.all():
-            usual, now = self.last.mean(axis=0), norms
+            usual, now = np.add.reduce(self.last, axis=0), norms
         else:
-            usual, now = self.last[:, known].mean(axis=0), norms[known]
-        expected = np.exp(2.0 * usual.astype(np.float64)).sum()
-        actual = np.square(now, dtype=np.float64).sum()
-        if expected <= 0.0 or actual <= 0.0:
-            return float("nan")
-        return float(0.5 * np.log(actual / expected))
+            usual, now = np.add.reduce(self.last[:, known], axis=0), norms[known]
+        usual = usual * np.float32(2.0 / WINDOW)
+        # Taken out before the exponential, the largest keeps it within float32, which is several times as fast.
+        top = usual.max()
+        expected = float(top) + float(np.log(np.exp(usual - top).sum(dtype=np.float64)))
+        actual = float(np.square(now, dtype=np.float64).sum())
+        return 0.5 * (np.log(actual) - expected) if actual > 0.0 else float("nan")
 
     def level(self) -> NDArray[np.float32]:
         """`[P]`: mean logarithm of the last `WINDOW` observed norms; NaN for a column observed less often."""

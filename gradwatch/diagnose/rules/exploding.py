@@ -40,12 +40,21 @@ activation and normalisation takes at most 6."""
 IMMENSE = 5.0
 """Decades of explained growth that need no persistence: such a run is seldom alive at update 10."""
 
+MANY = 4000
+"""Parameters from which growth is looked at closely in one update of `TURNS` only: at update 11, 15, ..."""
+
+TURNS = 4
+
 LASTING = 8
 """Of the last 10 observations, how many in a row must show it, up to the last."""
 
 FORWARD = 3.0
 """Decades that the weights of a network without normalisation enlarge a signal, where all gradients are as large: in a plain network
 without biases the growth of the delta and the decay of the activation cancel."""
+
+LOOK = 1.6
+"""Decades that some single gradient lies above all behind it before a closer look is taken. Planted explosions lie at 2.7 or more in
+this coarse measure, which takes no care of biases (zoo); those that do not are seen by `LARGE`."""
 
 LARGE = 100.0
 """Norm of the gradient over that of the weights that confirms it, all matrices together. 1e2 to 1e4 alone is no evidence (design)."""
@@ -132,14 +141,18 @@ class _Growth:
 
 def _across_depth(history: History) -> Finding | None:
     b, layout = history.baselines, layout_of(history.meta)
-    columns = layout.columns
-    if columns.size < 2 or bool(history.recent("skipped", 1)[0]):
+    if layout.columns.size < 2 or bool(history.recent("skipped", 1)[0]):
         return None
-    bad = history.recent("grad_nonfinite", 1)[0][columns] > 0
-    now = np.isfinite(history.recent("grad_norm", 1)[0][columns]) | bad
-    known = (b.seen[columns] >= (1 if bad.any() else 3)) & (layout.reference | layout.norm) & now
+    now = layout.take(history.recent("grad_norm", 1)[0])
+    bad = layout.take(history.recent("grad_nonfinite", 1)[0]) > 0
+    poisoned = bool(bad.any())
     # A cheap look first: in most updates of most runs there is nothing to see.
-    if known.sum() < 2 or not _worth_looking(history, columns, known):
+    if not poisoned and not _may_grow(history, layout, now):
+        return None
+    if len(layout.columns) > MANY and history.recorded % TURNS != 3 and not (poisoned or history.ended):
+        return None
+    known = (layout.take(b.seen) >= (1 if poisoned else 3)) & (layout.reference | layout.norm) & (np.isfinite(now) | bad)
+    if known.sum() < 2:
         return None
     m = _modules(history, layout, np.flatnonzero(known))
     if m is None:
@@ -151,17 +164,20 @@ def _across_depth(history: History) -> Finding | None:
     return None if early else _forward(history, m)
 
 
-def _worth_looking(history: History, columns: NDArray[np.int64], known: NDArray[np.bool_]) -> bool:
-    b = history.baselines
-    newest = b.last[(b.seen[columns] - 1) % WINDOW, columns]
-    level = np.where(known, newest, -np.inf)
-    behind = np.append(np.maximum.accumulate(level[::-1])[::-1][1:], -np.inf)
-    # The last parameters may be biases that get nothing: what is above half of all behind it counts as well.
-    rise = np.where(np.isfinite(behind) & known, np.maximum.accumulate(level) - behind, -np.inf)
-    if float(rise.max(initial=-np.inf)) >= 1.5 * DECADE:
+def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> bool:
+    if not layout.measure or np.isnan(now).any():
+        now = np.where(layout.reference & ~np.isnan(now), now, np.float32(0.0))
+    behind = np.maximum.accumulate(now[::-1])[-2::-1]
+    # The last of those behind may be a bias that gets nothing, so zero is no reference.
+    grown = np.maximum.accumulate(now)[:-1] >= np.float32(10.0**LOOK) * behind
+    if bool((grown & (behind > 0)).any()):
         return True
-    weight = float(np.nanmedian(b.weight_norm[columns[known]]))
-    return bool(float(level.max()) >= np.log(0.1 * LARGE * max(weight, 1e-30)))
+    total = float(history.recent("total_norm", 1)[0])
+    weights = layout.take(history.baselines.weight_norm)
+    size = float(np.dot(weights, weights))
+    if np.isnan(size):
+        size = float(np.nansum(np.square(weights)))
+    return not layout.norm.any() and total >= 0.3 * LARGE * np.sqrt(size)
 
 
 def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Modules | None:
@@ -213,33 +229,50 @@ def _growth(m: _Modules, normalised: bool, early: bool) -> _Growth | None:
             continue
         values = _without_first_norm(values, m.norm)
         level = np.median(values[-t:], axis=0)
-        behind = np.append(np.maximum.accumulate(level[::-1])[::-1][1:], -np.inf)
-        closest = np.append(np.minimum.accumulate(m.distance[::-1])[::-1][1:], np.inf)
-        matrices = np.cumsum(~m.norm)
-        steps = level[:-1] - level[1:]
-        for cut in range(1, len(level)):
-            reference = behind[cut - 1]
-            # What lies behind the cut has to be nearer to the loss than all that lies before it, or it is another branch.
-            if not closest[cut - 1] < m.distance[:cut].min() or m.head[:cut].any() or level[:cut].max() - reference < 1.0:
-                continue
-            rises = np.sort(level[:cut] - reference)
-            grown = float(rises[-2]) if cut > 1 else float(rises[-1]) - 1.5
-            explained = bool(strong[:-1].sum() >= 0.5 * grown or (strong > 0)[again].any())
-            if early:
-                hit = explained and grown >= IMMENSE
-            elif deep:
-                hit = explained and grown >= GROWTH_EXPLAINED
-            else:
-                hit = grown >= (GROWTH_EXPLAINED if explained else GROWTH)
-                above = matrices[-1] - matrices[cut - 1]
-                alone = steps[cut - 1] >= JUMP and above >= 2 and not m.norm[cut] and float(np.median(rises)) >= 1.0
-                stairs = cut >= 4 and bool((steps[cut - 4 : cut] >= STAIR).all()) and grown >= GROWTH_EXPLAINED
-                hit = hit or (alone and grown >= 1.0) or stairs
-            if hit and (best is None or grown > best.decades):
-                each = np.sort(values[:, :cut], axis=1)[:, -2 if cut > 1 else -1] - values[:, cut:].max(axis=1)
-                if float(each[-t:].min()) >= 0.6 * grown:
-                    best = _Growth(grown, cut, explained, deep, level)
+        behind = _largest_behind(level)
+        # What lies behind a cut has to be nearer to the loss than all that lies before it, or it is another branch.
+        nearest = np.append(np.minimum.accumulate(m.distance[::-1])[-2::-1], np.inf)
+        fair = (nearest < np.minimum.accumulate(m.distance)) & ~np.logical_or.accumulate(m.head)
+        highest = np.maximum.accumulate(level)
+        second = np.append(level[0] - 1.5, np.maximum.accumulate(np.minimum(level[1:], highest[:-1])))
+        grown = np.where(fair & (highest - behind >= 1.0), second - behind, -np.inf)
+        explained = (float(strong[:-1].sum()) >= 0.5 * grown) | bool((strong > 0)[again].any())
+        if early:
+            hit = explained & (grown >= IMMENSE)
+        elif deep:
+            hit = explained & (grown >= GROWTH_EXPLAINED)
+        else:
+            hit = (grown >= np.where(explained, GROWTH_EXPLAINED, GROWTH)) | _abrupt(m, level, behind, grown)
+        # The place with the largest growth that is there in each observation.
+        for place in np.flatnonzero(hit)[np.argsort(-grown[hit], kind="stable")][:8]:
+            cut = int(place) + 1
+            if best is not None and grown[place] <= best.decades:
+                break
+            each = np.sort(values[-t:, :cut], axis=1)[:, -2 if cut > 1 else -1] - values[-t:, cut:].max(axis=1)
+            if float(each.min()) >= 0.6 * float(grown[place]):
+                best = _Growth(float(grown[place]), cut, bool(explained[place]), deep, level)
+                break
     return best
+
+
+def _largest_behind(level: NDArray[np.float64]) -> NDArray[np.float64]:
+    largest: NDArray[np.float64] = np.append(np.maximum.accumulate(level[::-1])[-2::-1], -np.inf)
+    return largest
+
+
+def _abrupt(m: _Modules, level: NDArray[np.float64], behind: NDArray[np.float64], grown: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """`[M]`: right behind the module the gradient is enlarged by something that is no weight: in one place, or at each of a few."""
+    count = len(level)
+    steps = np.append(level[:-1] - level[1:], -np.inf)
+    above = np.cumsum(~m.norm)
+    hit: NDArray[np.bool_] = (steps >= JUMP) & (above[-1] - above >= 2) & ~np.append(m.norm[1:], True) & (grown >= 1.0)
+    for place in np.flatnonzero(hit):
+        hit[place] = float(np.median(level[: place + 1])) - behind[place] >= 1.0
+    if count > 4:
+        stairs = (steps[:-1] >= STAIR).astype(np.int64)
+        four = np.convolve(stairs, np.ones(4, np.int64))[: count - 1] == 4
+        hit[:-1] |= four & (grown[:-1] >= GROWTH_EXPLAINED)
+    return hit
 
 
 def _without_first_norm(values: NDArray[np.float64], norm: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -325,6 +358,10 @@ def _forward(history: History, m: _Modules) -> Finding | None:
 
 def _in_time(history: History) -> Finding | None:
     """Norm and loss grow together, far beyond their first values."""
+    b = history.baselines
+    newest = float(history.recent("total_norm", 1)[0])
+    if not b.first_totals.size or newest < 10.0**IN_TIME * float(b.first_totals.min()):
+        return None
     total = history.recent("total_norm", 64).astype(float)
     loss = history.recent("loss", 64).astype(float)
     applied = ~history.recent("skipped", 64)

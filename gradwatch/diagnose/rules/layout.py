@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.history import Meta
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Layout:
         layer: `[N]`, number of the module, counted in this order; the columns of a module need not be neighbours.
         layers: number of modules.
         roles: some module has a role.
+        branches: number of branches that hold a parameter.
+        straight: `columns` are all columns in their own order.
+        measure: `reference` holds for all.
     """
 
     columns: NDArray[np.int64]
@@ -45,6 +51,16 @@ class Layout:
     layer: NDArray[np.int64]
     layers: int
     roles: bool
+    branches: int
+    straight: bool
+    measure: bool
+
+    def take(self, values: NDArray[T]) -> NDArray[T]:
+        """Pick the columns, along the last axis."""
+        if self.straight:
+            return values
+        taken: NDArray[T] = values[..., self.columns]
+        return taken
 
 
 def layout_of(meta: Meta) -> Layout:
@@ -70,11 +86,13 @@ def _make(meta: Meta) -> Layout:
     first = np.zeros(len(facts), bool)
     first[np.unique(layer, return_index=True)[1]] = True
     entry = np.array([role.get(f.layer) == "input" for f in facts], bool)
+    reference = np.array([f.layer in solid for f in facts], bool)
+    branch = np.cumsum(entry & first, dtype=np.int64)
     return Layout(
         columns=columns,
         matrix=matrix,
-        reference=np.array([f.layer in solid for f in facts], bool),
-        branch=np.cumsum(entry & first) if len(facts) else np.zeros(0, np.int64),
+        reference=reference,
+        branch=branch,
         head=np.array([role.get(f.layer) == "head" for f in facts], bool),
         distance=meta.distance[columns],
         norm=np.array([f.layer in norms for f in facts], bool),
@@ -84,6 +102,9 @@ def _make(meta: Meta) -> Layout:
         layer=layer,
         layers=len(number),
         roles=any(role.values()),
+        branches=len(np.unique(branch)),
+        straight=bool(len(columns) == len(meta.parameters) and (columns == np.arange(len(columns))).all()),
+        measure=bool(reference.all()),
     )
 
 

@@ -56,6 +56,13 @@ NEGLIGIBLE = 1e-7
 """Update ratio that changes nothing: half of float32's resolution, 1.2e-7, is what rounds away."""
 
 
+MANY = 4000
+"""Parameters from which a fall is looked at closely in one update of `TURNS` only (names of 20,000 take 10 ms, measured): at update 10,
+14, 18, ..."""
+
+TURNS = 4
+
+
 @persistent(WINDOW)
 def vanishing_gradient(history: History) -> Iterator[Finding]:
     """The gradient is orders of magnitude smaller before some point of the network than after it, and stays so.
@@ -71,7 +78,16 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     the share of the fall that a matrix explains which began at exactly zero and has not grown yet (zero-initialised heads); a branch
     with a head of its own, for its loss may just weigh less; the absolute size of anything.
     """
-    view = _view(history)
+    if not len(history) or bool(history.recent("skipped", 1)[0]):
+        return
+    layout = layout_of(history.meta)
+    now = layout.take(history.recent("grad_norm", 1)[0])
+    deep, still = _may_fall(layout, now), _may_be_stuck(history, layout)
+    if not (deep or still):
+        return
+    if len(layout.columns) > MANY and history.recorded % TURNS != 2 and not history.ended:
+        return
+    view = _view(history, layout, now)
     if view is None:
         return
     state = progress(history)
@@ -80,13 +96,13 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     need = FALL if state is Progress.STUCK else FALL_IMPROVING
     sick = np.zeros(len(view.columns), bool)
     falls: list[_Fall] = []
-    for fall in _falls(view, need):
+    for fall in _falls(view, need) if deep else ():
         sick[fall.start : fall.stop] = True
         falls.append(fall)
     if falls:
         yield _by_depth(history, view, falls, sick)
         return
-    stuck = _stuck(history, view)
+    stuck = _stuck(history, view) if still else None
     if stuck is not None:
         yield stuck
 
@@ -114,17 +130,34 @@ class _Fall:
     decades: float
 
 
-def _view(history: History) -> _View | None:
-    if len(history) < 1 or bool(history.recent("skipped", 1)[0]):
-        return None
-    b, layout = history.baselines, layout_of(history.meta)
-    columns = layout.columns
-    known = (b.seen[columns] >= WINDOW) & np.isfinite(history.recent("grad_norm", 1)[0][columns])
+def _may_fall(layout: Layout, now: NDArray[np.float32]) -> bool:
+    """A cheap look at the last record alone: whether some part lies far enough below everything after it."""
+    if now.size < 2:
+        return False
+    if layout.branches > 1 or not layout.measure or np.isnan(now).any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            level = np.nan_to_num(np.log10(np.maximum(now, 1e-45)), nan=-np.inf).astype(float)
+        seen = np.isfinite(level)
+        if not seen.any():
+            return False
+        after = _largest_after(np.where(layout.reference, level, -np.inf))
+        before = _largest_so_far(np.where(seen, level, -1e3), layout.branch)
+        return bool(((after - before >= SICK - 0.5) & seen).any())
+    after = np.maximum.accumulate(now[::-1])[-2::-1]
+    return bool((after >= np.float32(10.0 ** (SICK - 0.5)) * np.maximum.accumulate(now)[:-1]).any())
+
+
+def _may_be_stuck(history: History, layout: Layout) -> bool:
+    return bool((layout.take(history.baselines.update_ratio) <= NEGLIGIBLE).any())
+
+
+def _view(history: History, layout: Layout, now: NDArray[np.float32]) -> _View | None:
+    b = history.baselines
+    known = (layout.take(b.seen) >= WINDOW) & np.isfinite(now)
     if not known.any():
         return None
     at = np.flatnonzero(known)
-    columns = columns if known.all() else columns[at]
-    # A cheap look first: what cannot be sick by its mean level is not looked at record by record.
+    columns = layout.columns[at]
     return _View(layout, at, columns, _ordered(b.last[:, columns], int(b.seen[columns].max())), b.weight_norm[columns])
 
 
@@ -237,8 +270,8 @@ def _by_depth(history: History, view: _View, falls: list[_Fall], sick: NDArray[n
     gain = view.weights[above] * view.layout.gain[view.at[above]]
     nodes = float(distance[last] - distance[above])
     matrices = view.layout.matrix[view.at]
-    named = {meta.parameters[i].layer for i in view.columns[sick & matrices]}
-    layers = len(named & {meta.parameters[i].layer for i in view.columns if meta.parameters[i].name in set(names)})
+    chosen = set(names)
+    layers = len({meta.parameters[i].layer for i in view.columns[sick & matrices] if meta.parameters[i].name in chosen})
     total = len(np.unique(view.layout.layer[view.at[matrices]]))
     return Finding(
         "vanishing_gradient",
@@ -290,14 +323,16 @@ def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]
 
 def _onset(history: History, view: _View, fall: _Fall) -> int:
     """The first of the kept records since when the fall has been there without a break, at half its size."""
-    back = history.recent("grad_norm", 64)
+    back = history.recent("grad_norm", _looked_back(view))
+    # The module executed first is sick for as long as anything after it has been.
     places = _whole(view, fall)
-    some = view.columns[places[view.logs[:, places].mean(axis=0).argsort()[-32:]]]
+    layers = view.layout.layer[view.at[places]]
+    some = view.columns[places[layers == layers[0]]]
+    after = np.flatnonzero(view.layout.reference[view.at[fall.stop :]]) + fall.stop
+    after = after[np.argsort(view.logs[:, after].mean(axis=0))[-64:]]
     with np.errstate(divide="ignore", invalid="ignore"):
         sick = np.log10(np.maximum(back[:, some], 1e-45)).max(axis=1)
-        rest = np.log10(np.maximum(back[:, view.columns[fall.stop :]], 1e-45))
-        rest = np.where(view.layout.reference[view.at[fall.stop :]], rest, -np.inf)
-        top = np.fmax.reduce(rest, axis=1)
+        top = np.fmax.reduce(np.log10(np.maximum(back[:, view.columns[after]], 1e-45)), axis=1)
     steps = history.steps[-len(back) :]
     seen = np.isfinite(sick)
     # A record that did not reach them says neither yes nor no.
@@ -351,7 +386,7 @@ def _stuck(history: History, view: _View) -> Finding | None:
 
 
 def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
-    back = history.recent("grad_norm", 64)[:, view.columns[sick]]
+    back = history.recent("grad_norm", _looked_back(view))[:, view.columns[sick]]
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = np.log10(np.maximum(back, 1e-45))
     well = np.flatnonzero((levels > peers - STUCK + 1.5).any(axis=1))
@@ -359,6 +394,11 @@ def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: 
     if not well.size:
         return int(steps[0])
     return int(steps[min(well[-1] + 1, len(steps) - 1)])
+
+
+def _looked_back(view: _View) -> int:
+    """Records to look for the beginning in: enough for a verdict at update 15 of the largest networks, more where it is cheap."""
+    return max(16, min(64, 200_000 // len(view.columns)))
 
 
 def _power(ratio: float) -> str:

@@ -1,0 +1,79 @@
+"""What the rules cost: python -m tests.benchmarks.rules [layers ...]
+
+Time of one update of the baselines and all default rules, mean over 64 updates after the first 16, for networks of Linear layers. A
+healthy run, and one in which the lower half of the network starves, so that there is something to tell at every update.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from gradwatch.diagnose.incidents import Incidents
+from gradwatch.diagnose.rules import default_rules
+from gradwatch.history import History, LayerFact, Meta, ParameterFact
+from gradwatch.records import GradState
+
+WARM, UPDATES = 16, 64
+
+
+def history(layers: int) -> History:
+    """An empty history of `layers` Linear layers in blocks of four."""
+    parameters, facts = [], [LayerFact("", "Sequential", "container")]
+    for i in range(layers):
+        name = f"blocks.{i // 4}.{i % 4}"
+        if i % 4 == 0:
+            facts.append(LayerFact(f"blocks.{i // 4}", "Sequential", "container"))
+        role = "input" if i == 0 else "head" if i == layers - 1 else "hidden"
+        facts.append(LayerFact(name, "Linear", "linear", 2 * i, role))
+        for j, (kind, shape) in enumerate((("weight", (64, 64)), ("bias", (64,)))):
+            parameters.append(
+                ParameterFact(
+                    f"{name}.{kind}", name, shape, owner="SGD#0", init_rms=0.1, order=2 * i + j, distance=2 * (layers - i)
+                )
+            )
+    return History(Meta(tuple(parameters), tuple(facts)), window=512)
+
+
+def measure(layers: int, sick: bool) -> dict[str, float]:
+    """Milliseconds an update, by part."""
+    h = history(layers)
+    incidents = Incidents(default_rules(), notice=print)
+    random = np.random.default_rng(0)
+    columns = len(h.parameters)
+    spent = dict.fromkeys(["baselines", *(rule.__name__ for rule in default_rules()), "all of judge"], 0.0)
+    for step in range(WARM + UPDATES):
+        row = h.blank_row()
+        row["grad_norm"] = random.lognormal(0.0, 0.3, columns)
+        if sick:
+            row["grad_norm"][: columns // 2] *= 1e-6
+        row["grad_nonfinite"], row["weight_norm"], row["update_ratio"], row["lr"] = 0, 6.4, 1e-3, 0.1
+        row["grad_state"] = GradState.REACHED | GradState.STEPPED
+        row["loss"], row["backward_calls"], row["loss_terms"] = 1.0, 1, 1
+        row["total_norm"] = np.sqrt(np.square(row["grad_norm"]).sum())
+        h._ring.append(row)
+        parts = [("baselines", lambda row=row: h.baselines.update(row, h.recorded - 1))]
+        parts += [(rule.__name__, lambda rule=rule: list(rule(h))) for rule in default_rules()]
+        parts += [("all of judge", lambda: incidents.judge(h))]
+        for name, part in parts:
+            start = time.process_time()
+            part()
+            if step >= WARM:
+                spent[name] += (time.process_time() - start) * 1e3 / UPDATES
+    return spent
+
+
+def main() -> None:
+    """Print the table."""
+    for layers in [int(a) for a in sys.argv[1:]] or [20, 100, 1000, 10_000]:
+        for sick in (False, True):
+            spent = measure(layers, sick)
+            whole = spent["baselines"] + spent["all of judge"]
+            print(f"{layers:6d} layers, {'sick   ' if sick else 'healthy'}: {whole:7.3f} ms an update", end="  (")
+            print(", ".join(f"{name} {ms:.3f}" for name, ms in sorted(spent.items(), key=lambda kv: -kv[1])[:7]) + ")")
+
+
+if __name__ == "__main__":
+    main()
