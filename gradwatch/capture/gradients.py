@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.capture.norms import TINY, NormReader, exact, quick_norm
-from gradwatch.capture.parameters import dense
+from gradwatch.capture.parameters import dense, on_host
 
 PROBES = 3
 """Gradients looked at again right before the step, to see whether somebody scaled them: three agree by chance in no case."""
@@ -56,6 +56,7 @@ class Gradients:
         self.lagging: list[int] = []
         self._just_stepped: set[int] = set()
         self._used: dict[int, _Mark] = {}
+        self._marks: dict[int, _Mark] = {}
         self._held: dict[int, list[Tensor]] = {}
         self._probes_of: tuple[Sequence[int], list[int]] = ((), [])
         self._leftover: dict[int, _Mark] = {}
@@ -115,6 +116,8 @@ class Gradients:
             self.lagging = self._reader.read(chosen, there, self.norm)
             if not self.lagging:
                 self._confirm(chosen, there)
+            else:
+                self._marks.update((slot, (id(g), g._version)) for slot, g in zip(chosen, there, strict=True))
 
     def _confirm(self, slots: Sequence[int], tensors: Sequence[Tensor]) -> None:
         if not slots:
@@ -147,10 +150,12 @@ class Gradients:
                 self.norm[slot] = true
 
     def arrive(self, slots: Sequence[int], norms: NDArray[np.float64]) -> None:
-        """The norms of lagging slots have come from their device; a suspicious one is read again if its gradient is still there."""
+        """The norms of lagging slots have come from their device; a suspicious one is read again if nobody touched it since."""
         self.norm[slots] = norms
-        self.lagging = [slot for slot in self.lagging if slot not in set(slots)]
+        self.nonfinite[slots] = ~np.isfinite(norms)
         here = [(slot, g) for slot in slots if (g := self._params[slot].grad) is not None]
+        here = [(slot, g) for slot, g in here if self._marks.get(slot) == (id(g), g._version)]
+        self._marks.clear()
         with torch.no_grad():
             self._confirm([slot for slot, _ in here], [g for _, g in here])
 
@@ -187,14 +192,15 @@ class Gradients:
         """Up to three of `slots` with a finite, non-zero norm: small ones, spread over the network."""
         if self._probes_of[0] is slots:  # the same parameters as last time, in the same list
             probes = self._probes_of[1]
-            if all(TINY < self.norm[slot] < np.inf for slot in probes):
+            if self.lagging or all(TINY < self.norm[slot] < np.inf for slot in probes):
                 return probes
         probes = self._choose_probes(slots)
         self._probes_of = (slots, probes)
         return probes
 
     def _choose_probes(self, slots: Sequence[int]) -> list[int]:
-        usable = [slot for slot in slots if TINY < self.norm[slot] < np.inf]
+        # What is still on a device has no norm yet: any will do, and one that turns out to be zero tells nothing.
+        usable = [slot for slot in slots if TINY < self.norm[slot] < np.inf] if not self.lagging else list(slots)
         small = [slot for slot in usable if self._params[slot].numel() <= 4096] or sorted(usable, key=self._numel)[:PROBES]
         if len(small) <= PROBES:
             return small
@@ -267,7 +273,7 @@ class Gradients:
 
     def _holds_something(self, slot: int, gradient: Tensor) -> bool:
         """Whether a gradient is not all zero. On a device that is asked for now and answered later: for the time being, yes."""
-        if gradient.device.type == "cpu":
+        if on_host(gradient):
             return not _is_zero(gradient)
         with torch.no_grad():
             self._held.setdefault(slot, []).append(dense(gradient).any())
@@ -282,7 +288,7 @@ def _is_zero(gradient: Tensor) -> bool:
     with torch.no_grad():
         tensor = dense(gradient.detach())
         tensor = getattr(tensor, "_local_tensor", tensor)
-        if tensor.device.type == "cpu" and tensor.dtype is not torch.bfloat16:
+        if on_host(tensor) and tensor.dtype is not torch.bfloat16:
             values = tensor.numpy()
             return not values.flat[:64].any() and not values.any()
         return not bool(tensor.any())

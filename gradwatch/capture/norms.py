@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.parameters import as_real, dense, materialised
+from gradwatch.capture.parameters import as_real, dense, materialised, on_host
 from gradwatch.capture.slab import GRADIENTS, Slab
 
 SMALL = 512
@@ -63,7 +63,7 @@ class NormReader:
         self._batches: list[_Batch] = []
         room = 0
         for slot, p in enumerate(params):
-            if not materialised(p) or p.device.type != "cpu" or p.dtype not in _PACKED or not 0 < p.numel() <= SMALL:
+            if not materialised(p) or not on_host(p) or p.dtype not in _PACKED or not 0 < p.numel() <= SMALL:
                 continue
             if not self._batches or self._batches[-1].size + p.numel() > PACK:
                 self._batches.append(_Batch())
@@ -79,11 +79,7 @@ class NormReader:
         self._medium = [
             slot
             for slot, p in enumerate(params)
-            if self._where[slot] is None
-            and materialised(p)
-            and p.device.type == "cpu"
-            and p.dtype is torch.float32
-            and 0 < p.numel() <= MEDIUM
+            if self._where[slot] is None and materialised(p) and on_host(p) and p.dtype is torch.float32 and 0 < p.numel() <= MEDIUM
         ]
         self._others = [slot for slot in range(len(params)) if self._where[slot] is None and slot not in set(self._medium)]
         for batch in self._batches:
@@ -95,7 +91,7 @@ class NormReader:
         self._cells = torch.zeros(len(params), dtype=torch.float32, device="cpu")
         self._cell_array: NDArray[np.float32] = self._cells.numpy()
         self._cell = self._cells.unbind()
-        devices = {p.device for p in params if materialised(p) and p.device.type != "cpu"}
+        devices = {p.device for p in params if materialised(p) and not on_host(p)}
         self.slabs = {device: Slab(device, len(params)) for device in devices}
 
     @property
@@ -149,7 +145,7 @@ class NormReader:
             tensor = as_real(dense(tensor))
             if tensor.numel() == 0:
                 out[slot] = 0.0
-            elif tensor.device.type != "cpu":
+            elif not on_host(tensor):
                 tensor = getattr(tensor, "_local_tensor", tensor)
                 chosen = remote.setdefault((tensor.device, tensor.dtype), ([], []))
                 chosen[0].append(slot)
@@ -208,10 +204,10 @@ def exact(tensor: Tensor) -> tuple[float, int]:
 
 def quick_norm(tensor: Tensor) -> float:
     """The 2-norm of one small tensor on CPU, for a probe; NaN on a device, where it would wait."""
-    if tensor.dtype is torch.float32 and tensor.layout is torch.strided and tensor.device.type == "cpu":
+    if tensor.dtype is torch.float32 and tensor.layout is torch.strided and on_host(tensor):
         array = tensor.detach().numpy().ravel()
         return math.sqrt(array.dot(array))
-    if tensor.device.type != "cpu":
+    if not on_host(tensor):
         return float("nan")
     tensor = dense(tensor)
     tensor = as_real(tensor.detach())

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.capture.parameters import ParameterTable
+from gradwatch.capture.parameters import ParameterTable, on_host
 
 _Signature = tuple[tuple[int, int, int, int], ...]
 
@@ -133,7 +133,7 @@ class Owners:
         for group, slots in zip(optimizer.param_groups, known.groups, strict=False):
             value = group.get("lr", np.nan)
             if isinstance(value, Tensor):
-                value = float(value) if value.device.type == "cpu" else np.nan
+                value = float(value) if on_host(value) else np.nan
             lr[slots] = value
 
     def holds(self, parameter: Tensor) -> bool:

@@ -138,6 +138,15 @@ class ParameterTable:
         self._trainable = [p.requires_grad for p in self.params]
 
 
+HOST = "cpu"
+"""Type of the device whose tensors are read where they are; a test that sets it to something else sends CPU tensors over the slab."""
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor can be read without waiting for a device."""
+    return tensor.device.type == HOST
+
+
 def materialised(parameter: Tensor) -> bool:
     """Whether it has a shape and values that can be read."""
     return not isinstance(parameter, UninitializedParameter) and parameter.device.type != "meta"

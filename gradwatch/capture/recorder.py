@@ -21,8 +21,8 @@ from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import find_unregistered, walk
 from gradwatch.capture.norms import NormReader
 from gradwatch.capture.optimizers import Owners
-from gradwatch.capture.parameters import ParameterTable
-from gradwatch.capture.slab import GRADIENTS, LOSS, SCALARS, WEIGHTS
+from gradwatch.capture.parameters import ParameterTable, dense, on_host
+from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
@@ -33,6 +33,25 @@ _HAND_SCALE_AFTER = 3
 
 _OUTSIDE_AFTER = 5
 """Records after which leaves outside the model are looked for in the process's optimizers."""
+
+
+@dataclass(slots=True)
+class _Probes:
+    """Gradients that are looked at again right before a step.
+
+    Attributes:
+        slots: the few that are looked at.
+        of: all that their optimizer is about to step.
+        by_scaler: a GradScaler has divided its scale out of them by now.
+        expected: their norms over those read, if nobody else touched them.
+        touched: somebody did.
+    """
+
+    slots: Sequence[int]
+    of: Sequence[int]
+    by_scaler: bool
+    expected: float = 1.0
+    touched: bool = False
 
 
 @dataclass(slots=True)
@@ -55,7 +74,9 @@ class Draft:
     clip_coef: float = 1.0
     in_pre: set[int] = field(default_factory=set)
     noted: set[int] = field(default_factory=set)
+    probes: list[_Probes] = field(default_factory=list)
     remote: list[int] = field(default_factory=list)
+    norm_on_device: bool = False
     remote_loss: bool = False
 
     @classmethod
@@ -242,7 +263,7 @@ class Recorder:
             return
         scale = private.scale_of(scaler)
         if scale is not None:
-            self._pending_scale = float(scale) if scale.device.type == "cpu" else scale
+            self._pending_scale = float(scale) if on_host(scale) else scale
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
         """An optimizer is about to step.
@@ -295,51 +316,68 @@ class Recorder:
         if draft.full and not all(self.weights.taken[mine]):
             self.weights.take_before([slot for slot in mine if not self.weights.taken[slot]])
         there = [slot for slot in reached if not draft.state[slot] & GradState.CLEARED] if gone else reached
-        ratios = self.gradients.scaled_since(self.gradients.probes(there))
-        if ratios.size and not any(ratios.tolist()) and self.gradients.cleared(there):
-            draft.flag(there, GradState.CLEARED)
-            return
         scaled_on_device = getattr(optimizer, "grad_scale", None) is not None
-        expected = 1.0 if scaled_on_device or not draft.by_scaler else 1.0 / draft.scale
+        probes = _Probes(self.gradients.probes(there), there, by_scaler=draft.by_scaler and not scaled_on_device)
+        if draft.remote:
+            draft.probes.append(probes)
+            self._send_probes(probes)
+            if self._act is None:
+                return
+            self._await()
+        else:
+            self._look_at_probes(draft, probes, self.gradients.scaled_since(probes.slots))
+        if self._act is not None and there and not draft.state[there[0]] & GradState.CLEARED:
+            self._let_act(draft, optimizer, there, probes)
+
+    def _look_at_probes(self, draft: Draft, probes: _Probes, ratios: NDArray[np.float64]) -> None:
+        """What happened to the gradients between the read and the step: cleared, a loss scale divided out, or clipped."""
+        if ratios.size and not any(ratios.tolist()) and self.gradients.cleared(probes.of):
+            draft.flag(list(probes.of), GradState.CLEARED)
+            return
+        probes.expected = 1.0 / draft.scale if probes.by_scaler else 1.0
         self._see_hand_scale(draft, ratios)
         if not draft.by_scaler and draft.scale != 1.0:
-            expected = 1.0 / draft.scale
-        coefs = [ratio / expected for ratio in ratios.tolist() if math.isfinite(ratio)]
-        touched = any(abs(coef - 1.0) > UNCHANGED for coef in coefs)
-        if touched:
-            self._clipped(draft, reached, min(coefs))
-        if self._act is None or not there:
-            return
-        self._await()
-        factor = draft.scale * expected if draft.by_scaler or draft.scale != 1.0 else 1.0
-        # A callable may have been given loss-scaled gradients by a fused optimizer only; for all others the scale is gone by now.
-        raw = self.gradients.norm[there] * expected
-        found_inf = getattr(optimizer, "found_inf", None) is not None
+            probes.expected = 1.0 / draft.scale
+        coefs = [ratio / probes.expected for ratio in ratios.tolist() if math.isfinite(ratio)]
+        probes.touched = any(abs(coef - 1.0) > UNCHANGED for coef in coefs)
+        if probes.touched:
+            self._clipped(draft, probes.of, min(coefs))
+
+    def _send_probes(self, probes: _Probes) -> None:
+        """Ask a device for the norms that `scaled_since` reads at once on the host."""
+        with torch.no_grad():
+            for slot in probes.slots:
+                g = self.table.params[slot].grad
+                slab = None if g is None else self._reader.slabs.get(g.device)
+                if g is not None and slab is not None:
+                    slab.cells[PROBES][slot].copy_(private.foreach_norm([dense(g)])[0])
+
+    def _let_act(self, draft: Draft, optimizer: Optimizer, there: Sequence[int], probes: _Probes) -> None:
         if self.clock.in_backward:
             raise Deliberate(RuntimeError(_INSIDE_BACKWARD))
-        params = [self.table.params[slot] for slot in there]
-        names = [self.table.names[slot] for slot in there]
-        step = self._step_number()
-        probes = self.gradients.probes(there)
-        before = self.gradients.scaled_since(probes)
+        # The loss scale is still on the gradients of a fused optimizer; for all others it is divided out by now.
+        factor = draft.scale * probes.expected
+        before = self.gradients.scaled_since(probes.slots)
         try:
-            coef = self._act(
+            coef = self._act(  # type: ignore[misc]
                 optimizer=optimizer,
-                step=step,
-                params=params,
-                names=names,
-                norms=raw,
+                step=self._recorded() + len(self._queue),
+                params=[self.table.params[slot] for slot in there],
+                names=[self.table.names[slot] for slot in there],
+                norms=self.gradients.norm[list(there)] * probes.expected,
                 factor=factor,
-                touched=touched,
-                found_inf=found_inf,
+                touched=probes.touched,
+                found_inf=getattr(optimizer, "found_inf", None) is not None,
             )
         except Exception as error:
             raise Deliberate(error) from error
         if coef is None:
-            after = self.gradients.scaled_since(probes) / before
-            coef = float(np.nanmin(after)) if np.isfinite(after).any() else 1.0
-        if abs(coef - 1.0) > UNCHANGED:
-            self._clipped(draft, there, coef * (draft.clip_coef if touched else 1.0))
+            after = self.gradients.scaled_since(probes.slots)
+            with np.errstate(all="ignore"):
+                seen = (after / before)[np.isfinite(after) & (before > 0)]
+            coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
+        if coef != coef or abs(coef - 1.0) > UNCHANGED:
+            self._clipped(draft, there, coef * (draft.clip_coef if probes.touched else 1.0))
 
     def _note_use(self, draft: Draft, key: int) -> None:
         """The learning rate of the step, and the gradients in it that are left from an earlier one."""
@@ -441,6 +479,7 @@ class Recorder:
         draft.flag(index, GradState.REACHED)
         if self.gradients.lagging:
             draft.remote = sorted({*draft.remote, *self.gradients.lagging})
+            draft.norm_on_device = True
         if draft.full or not draft.cadence:
             self._sample(draft, slots)
         elif not self._versions:
@@ -476,23 +515,44 @@ class Recorder:
     def _await(self) -> None:
         """Wait for the norms of this record that are still on a device: once an update, and only where somebody acts."""
         draft = self._draft
-        if draft is None or not draft.remote:
+        if draft is None or not (draft.remote or draft.remote_loss):
             return
-        for device, slab in self._reader.slabs.items():
+        self._drain(force=True)
+        for slab in self._reader.slabs.values():
             slab.send()
-            values = slab.values()
-            mine = [slot for slot in draft.remote if self.table.params[slot].device == device]
-            self._land(draft, mine, values)
-        draft.remote, draft.remote_loss = [], False
+        self._land(draft, still_there=True)
 
-    def _land(self, draft: Draft, slots: list[int], values: NDArray[np.float64]) -> None:
-        self.gradients.arrive(slots, values[GRADIENTS, slots])
-        draft.norm[slots] = self.gradients.norm[slots]
-        draft.nonfinite[slots] = np.where(np.isfinite(draft.norm[slots]), 0, np.maximum(1, self.gradients.nonfinite[slots]))
-        if draft.full:
-            draft.weight_norm[slots] = values[WEIGHTS, slots]
-        if draft.remote_loss:
-            draft.loss += float(values[SCALARS, LOSS])
+    def _land(self, draft: Draft, still_there: bool) -> None:
+        """The copies that were sent for this record are on the host.
+
+        Args:
+            draft: the record.
+            still_there: its gradients have not been stepped yet, so that a suspicious one can be read again.
+        """
+        arrived = {device: slab.values() for device, slab in self._reader.slabs.items()}
+        remote, draft.remote = draft.remote, []
+        for device, values in arrived.items():
+            slots = [slot for slot in remote if self.table.params[slot].device == device]
+            draft.norm[slots] = values[GRADIENTS, slots]
+            draft.nonfinite[slots] = ~np.isfinite(draft.norm[slots])
+            if draft.full:
+                draft.weight_norm[slots] = values[WEIGHTS, slots]
+            if draft.remote_loss:
+                draft.loss += float(values[SCALARS, LOSS])
+        draft.remote_loss = False
+        if still_there:
+            self.gradients.arrive(remote, draft.norm[remote])
+            draft.norm[remote] = self.gradients.norm[remote]
+            draft.nonfinite[remote] = self.gradients.nonfinite[remote]
+        for probes in draft.probes:
+            ratios = np.full(len(probes.slots), np.nan)
+            for i, slot in enumerate(probes.slots):
+                values_ = arrived.get(self.table.params[slot].device)
+                if values_ is not None and draft.norm[slot] > 0:
+                    ratio = values_[PROBES, slot] / draft.norm[slot]
+                    ratios[i] = 1.0 if abs(ratio - 1.0) < UNCHANGED else ratio
+            self._look_at_probes(draft, probes, ratios)
+        draft.probes.clear()
 
     def _add_loss(self, draft: Draft, roots: Sequence[Any]) -> None:
         for root in roots:
@@ -539,9 +599,6 @@ class Recorder:
         draft.clip_coef = min(draft.clip_coef, coef) if draft.clip_coef != 1.0 else coef
         if coef < 1.0:
             draft.flag(list(slots), GradState.CLIPPED)
-
-    def _step_number(self) -> int:
-        return self._recorded() + len(self._queue)
 
     def _measure_change(self, draft: Draft, slots: list[int]) -> None:
         self.weights.take_after(slots)
@@ -600,6 +657,9 @@ class Recorder:
         self._dirty = False
         if record is None or draft is None:
             return
+        if not outcome.is_record and draft.remote_loss:
+            for slab in self._reader.slabs.values():
+                slab.clear()
         if outcome is Outcome.UNFINISHED:
             self.unfinished += 1
             self._update_pending(record)
@@ -642,9 +702,7 @@ class Recorder:
             if draft.remote or draft.remote_loss:
                 if not force and not all(slab.arrived() for slab in self._reader.slabs.values()):
                     return
-                for device, slab in self._reader.slabs.items():
-                    mine = [slot for slot in draft.remote if self.table.params[slot].device == device]
-                    self._land(draft, mine, slab.values())
+                self._land(draft, still_there=False)
             self._queue.pop(0)
             self._look_outside()
             self._update_pending(self.clock.open)

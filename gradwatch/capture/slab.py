@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-GRADIENTS, WEIGHTS, SCALARS = 0, 1, 2
-"""Rows: norms of gradients, norms of weights, and per update."""
+GRADIENTS, WEIGHTS, PROBES, SCALARS = 0, 1, 2, 3
+"""Rows: norms of gradients when read, of weights, of the gradients that are looked at again before the step; and per update."""
 
-LOSS, SCALE, FOUND_INF = 0, 1, 2
-"""Columns of the row `SCALARS`."""
+LOSS = 0
+"""Column of the row `SCALARS`."""
 
 
 class Slab:
-    """A float32 table `[3, S]` on one device.
+    """A float32 table `[4, max(1, S)]` on one device.
 
     Args:
         device: where it lives.
-        slots: S, the number of parameter slots; at least 3 columns are kept.
+        slots: S, the number of parameter slots.
 
     Attributes:
         table: the tensor.
@@ -31,7 +31,7 @@ class Slab:
 
     def __init__(self, device: torch.device, slots: int) -> None:
         with torch.inference_mode(False):
-            self.table = torch.full((3, max(3, slots)), float("nan"), dtype=torch.float32, device=device)
+            self.table = torch.full((4, max(1, slots)), float("nan"), dtype=torch.float32, device=device)
             self.table[SCALARS].zero_()
         self.cells = [row.unbind() for row in self.table.unbind()]
         self._pinned = device.type == "cuda"
@@ -45,6 +45,11 @@ class Slab:
             if self._pinned:
                 self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._event.record(torch.cuda.current_stream(self.table.device))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was summed up for this update."""
+        with torch.no_grad():
             self.table[SCALARS].zero_()
 
     def arrived(self) -> bool:
@@ -52,7 +57,7 @@ class Slab:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def values(self) -> NDArray[np.float64]:
-        """The last copy, float64 `[3, max(3, S)]`; waits for it where it must."""
+        """The last copy, float64 `[4, max(1, S)]`; waits for it where it must."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
