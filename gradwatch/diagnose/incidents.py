@@ -26,6 +26,7 @@ CAUSES: tuple[tuple[str, ...], ...] = (
     ("gradients_not_zeroed",),
     ("double_softmax", "unnormalized_input", "poor_init", "dead_units", "saturated_activation"),
     ("exploding_gradient",),
+    ("gradient_spike",),
     ("vanishing_gradient",),
     ("zero_gradient",),
     ("update_ratio_too_large", "update_ratio_too_small"),
@@ -211,13 +212,13 @@ class Incidents:
         return rises
 
     def _union(self, alert: Alert, finding: Finding, history: History) -> dict[str, Any]:
+        # A finding that names parameters is the more exact of two.
+        if bool(finding.parameters) != bool(alert.parameters):
+            return {"parameters": finding.parameters, "layers": finding.layers} if finding.parameters else {}
         parameters = tuple(dict.fromkeys(finding.parameters + alert.parameters))
         if parameters == alert.parameters and set(finding.layers) <= set(alert.layers):
             return {}
-        if finding.parameters and alert.parameters:
-            layers = self._layers_of(history, parameters)
-        else:
-            layers = tuple(dict.fromkeys(finding.layers + alert.layers))
+        layers = self._layers_of(history, parameters) if parameters else tuple(dict.fromkeys(finding.layers + alert.layers))
         return {"parameters": parameters, "layers": layers}
 
     def _end(self, history: History) -> list[Alert]:

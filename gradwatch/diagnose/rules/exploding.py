@@ -200,12 +200,22 @@ def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Mo
     head, norm = np.zeros(count, bool), np.zeros(count, bool)
     np.logical_or.at(head, owner, layout.head[places])
     np.logical_or.at(norm, owner, layout.norm[places])
-    delta = np.where(bias >= weight - NULL_BIAS, bias, weight)
+    own = bias >= weight - NULL_BIAS
+    delta = np.where(own, bias, weight)
+    _through_norms(delta, np.asarray(own.all(axis=0)), norm)
     m = _Modules(layout, places, owner, delta, np.where(bias > -44.0, bias, weight), gain, distance, head, norm)
     keep = np.asarray(np.isfinite(delta).all(axis=0))
     if not keep.all():
         m = m.pick(keep)
     return m if m.delta.shape[1] >= 2 else None
+
+
+def _through_norms(delta: NDArray[np.float64], own: NDArray[np.bool_], norm: NDArray[np.bool_]) -> None:
+    """Give a module without a bias of its own the delta of the normalisation right behind it, and the one before that: what a weight
+    gets depends on the size of its input, too."""
+    for i in range(len(norm) - 2, -1, -1):
+        if not norm[i] and not own[i] and norm[i + 1 : i + 3].any():
+            delta[:, i] = delta[:, i + 1]
 
 
 def _relu_gain(history: History) -> float:
@@ -389,13 +399,15 @@ def _in_time(history: History) -> Finding | None:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
         if more < IN_TIME or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
-    start = end - 1
-    while start > 0 and norms[start - 1] < norms[start] + 0.05:
-        start -= 1
+    # It began behind the last norm that was still of the first ones' size.
+    usual = np.flatnonzero(norms <= max(base, float(np.nanmax(norms[: min(WINDOW, end // 2)]))) + 0.3)
+    start = int(usual[-1]) + 1 if usual.size and usual[-1] + 1 < end else 0
+    if start and (np.diff(norms[: start + 1]) > 0).mean() >= 0.8:
+        start = 0
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
-        int(steps[start]) if start > 2 else int(steps[0]) if steps[0] > 0 else 0,
+        int(steps[start]) if start > WINDOW // 2 else int(steps[0]),
         layers=_everything(history),
         message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g} and the loss with it",
         evidence={"first_norm": 10.0**base, "grad_norm": float(total[-1]), "ratio": 10.0 ** min(grown, 300.0), "growing": 1.0},
@@ -420,7 +432,7 @@ def _module_name(history: History, m: _Modules, module: int) -> str:
 
 
 def _since(history: History, m: _Modules, sick: NDArray[np.int64], growth: _Growth) -> int:
-    """The first of the kept records since when half of the growth has been there."""
+    """The first of the kept records since when a third of the growth, in decades, has been there."""
     back = history.recent("grad_norm", 64)
     of = m.places if not growth.deep else m.places[~m.layout.matrix[m.places]]
     owner = m.owner if not growth.deep else m.owner[~m.layout.matrix[m.places]]
@@ -432,7 +444,7 @@ def _since(history: History, m: _Modules, sick: NDArray[np.int64], growth: _Grow
     with np.errstate(invalid="ignore"):
         apart = np.fmax.reduce(logs[:, chosen], axis=1) - np.fmax.reduce(logs[:, rest], axis=1)
     steps = history.steps[-len(back) :]
-    well = np.flatnonzero(np.isfinite(apart) & (apart < 0.5 * growth.decades))
+    well = np.flatnonzero(np.isfinite(apart) & (apart < 0.35 * growth.decades))
     if not well.size:
         return int(steps[0])
     return int(steps[min(well[-1] + 1, len(steps) - 1)])

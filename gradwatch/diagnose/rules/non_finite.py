@@ -11,8 +11,9 @@ from gradwatch.diagnose.rules.rule import persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity, SkipReason
 
-UNSEEN_LOSSES = 3
-"""Finite losses seen, or NaN ones in a row, before a NaN in the loss is one: NaN also stands for a loss that was not seen."""
+SCALED = 3
+"""Records in a row with a non-finite loss, skipped by a GradScaler, that are no overflow of the scaled part: the scale does not act on
+the forward pass, but a scaler is there to forgive a bad batch."""
 
 
 @persistent(5)
@@ -45,29 +46,18 @@ def non_finite_weight(history: History) -> Iterator[Finding]:
 
 @persistent(5)
 def non_finite_loss(history: History) -> Iterator[Finding]:
-    """The loss is NaN or Inf.
+    """The loss is NaN or Inf in a record in which it was seen.
 
-    Inf at once; NaN if the record's gradients are not finite either and losses were seen before (or all of them are bad), or if it
-    is the third in a row after finite ones, for NaN also stands for a loss that was not seen. A record that a GradScaler skipped
-    counts from the third in a row.
+    At once, but from the third record in a row where a GradScaler skips them.
     """
-    losses = history.recent("loss", UNSEEN_LOSSES).astype(np.float64)
-    if not losses.size or np.isfinite(losses[-1]) or not history.recent("backward_calls", 1)[0] >= 1:
+    losses = history.recent("loss", SCALED).astype(np.float64)
+    if not losses.size or np.isfinite(losses[-1]):
+        return
+    bad = ~np.isfinite(losses) & (history.recent("loss_terms", SCALED) > 0)
+    if not bad[-1]:
         return
     b = history.baselines
-    lasting = len(losses) == UNSEEN_LOSSES and not np.isfinite(losses).any()
-    bad = _bad_gradients(history)
-    scaled = history.recent("skip_reason", 1)[0] == SkipReason.SCALER
-    if scaled:
-        hit = lasting and b.finite_losses + int(np.isinf(losses).any()) > 0
-    elif np.isinf(losses[-1]):
-        hit = True
-    else:
-        reached = (history.recent("grad_state", 1)[0] & np.uint8(GradState.REACHED)) != 0
-        everywhere = bool(bad.any()) and not (reached & ~bad & np.isfinite(history.recent("grad_norm", 1)[0])).any()
-        seen = b.finite_losses > 0
-        hit = (bool(bad.any()) and (seen or everywhere)) or (lasting and b.finite_losses >= UNSEEN_LOSSES)
-    if not hit:
+    if history.recent("skip_reason", 1)[0] == SkipReason.SCALER and not (len(bad) == SCALED and bad.all()):
         return
     value = "Inf" if np.isinf(losses[-1]) else "NaN"
     before = [x for x in b.losses if np.isfinite(x)]

@@ -84,8 +84,13 @@ def gradient_spike(history: History) -> Iterator[Finding]:
         Severity.WARNING,
         history.recorded - 1,
         layers=layers_of(history.meta, names),
-        message=f"the gradient norm is {total:.3g}, {np.exp(rise):.0f} times the usual {np.exp(median):.2g}",
-        evidence={"grad_norm": total, "usual_norm": float(np.exp(median)), "ratio": float(np.exp(rise)), "z": rise / spread},
+        message=f"the gradient norm is {total:.3g}, {np.exp(rise):.3g} times the usual {np.exp(median):.2g}",
+        evidence={
+            "grad_norm": total,
+            "usual_norm": float(np.exp(median)),
+            "ratio": float(np.exp(min(rise, 700.0))),
+            "z": rise / spread,
+        },
     )
 
 
