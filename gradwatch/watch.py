@@ -145,13 +145,13 @@ class GradWatch:
         try:
             self._models, self._recorder, self._attached = models, recorder, True
             TAPE.add(self)
+            if any(_ORPHANS.pop(model, False) for model in models.values()):
+                self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
+            for lack in private.self_test():
+                self._notice(lack)
         except BaseException:  # Ctrl-C halfway: nothing may be left behind
             self._stop()
             raise
-        if any(_ORPHANS.pop(model, False) for model in models.values()):
-            self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
-        for lack in private.self_test():
-            self._notice(lack)
 
     def detach(self) -> None:
         """Stop watching: close what is open, take out every hook, print the verdict. Does nothing if it is not attached."""

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def in_backward() -> bool:
@@ -55,6 +59,26 @@ def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     except AttributeError:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+def uncompiled(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, which dynamo neither traces nor enters: a compiled step or train step breaks its graph there and goes on behind it.
+
+    `torch.compiler.disable` does that, but imports dynamo, which takes seconds: so it is asked for only once somebody else has.
+    """
+    disabled: Callable[..., T] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 def running_steps(limit: int = 400) -> int:

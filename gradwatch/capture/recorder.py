@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -212,6 +213,7 @@ class Recorder:
         self._foreign_steps = self._unowned = 0
         self._ever_stepped = False
         self._dirty = False
+        self._thread = 0
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
         self.unfinished = 0
@@ -234,6 +236,7 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
+        self._thread = threading.get_ident()
         record = self.clock.open
         fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
         read_here = record is None or record.evaluations == 1
@@ -391,6 +394,8 @@ class Recorder:
         """A step has returned."""
         key, _ = self.owners.adopt(optimizer)
         if key is None:
+            if threading.get_ident() != self._thread:
+                return  # another training in another thread
             self.clock.foreign_post()
             self._foreign_steps += 1
             self._update_pending()

@@ -46,6 +46,7 @@ class Tape:
         self._listeners: list[weakref.ref[Listener]] = []
         self._backward: Callable[..., None] | None = None
         self._wrapper: Callable[..., None] | None = None
+        self._token: object = None
         self._scales: list[tuple[type, Any, Any]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -90,15 +91,17 @@ class Tape:
 
     def _install(self) -> None:
         original = torch.autograd.backward
-        tape = self
+        tape, token = self, object()
 
+        @private.uncompiled
         @functools.wraps(original)
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-            if torch.compiler.is_compiling() or private.in_backward() or not tape._listeners:
+            # Somebody may have wrapped or kept this wrapper before it was taken out: it stays in their chain and is deaf there.
+            if tape._token is not token or private.in_backward() or not tape._listeners:
                 return original(tensors, grad_tensors, *args, **kwargs)
             return tape._run(original, tensors, grad_tensors, args, kwargs)
 
-        self._backward, self._wrapper = original, backward
+        self._backward, self._wrapper, self._token = original, backward, token
         torch.autograd.backward = backward
         for scaler in _scaler_classes():
             self._wrap_scale(scaler)
@@ -107,7 +110,7 @@ class Tape:
     def _uninstall(self) -> None:
         if torch.autograd.backward is self._wrapper and self._backward is not None:
             torch.autograd.backward = self._backward
-        self._backward = self._wrapper = None
+        self._backward = self._wrapper = self._token = None
         for scaler, original, wrapper in self._scales:
             if scaler.__dict__.get("scale") is wrapper:
                 scaler.scale = original  # type: ignore[attr-defined]
@@ -118,14 +121,14 @@ class Tape:
 
     def _wrap_scale(self, scaler: type) -> None:
         original = scaler.__dict__["scale"]
-        tape = self
+        tape, token = self, self._token
 
+        @private.uncompiled
         @functools.wraps(original)
         def scale(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
             scaled = original(self, outputs, *args, **kwargs)
-            if not torch.compiler.is_compiling():
-                for listener in tape._concerned():
-                    listener.on_scale(self)
+            for listener in tape._concerned() if tape._token is token else ():
+                listener.on_scale(self)
             return scaled
 
         scaler.scale = scale  # type: ignore[attr-defined]
@@ -158,6 +161,7 @@ TAPE = Tape()
 """The one tape of the process."""
 
 
+@private.uncompiled
 def _pre_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     changed = None
     for listener in TAPE.listeners():
@@ -167,6 +171,7 @@ def _pre_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any
     return changed
 
 
+@private.uncompiled
 def _post_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for listener in TAPE.listeners():
         listener.on_post_step(optimizer)
