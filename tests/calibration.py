@@ -1,4 +1,4 @@
-"""How well the rules tell the sick runs of the zoo from the healthy ones: python -m tests.calibration [tuned|held-out|all] [name ...]
+"""How well the rules tell the sick runs of the zoo from the healthy ones: python -m tests.calibration [tuned|held-out|more|all] [name ...]
 
 The thresholds were set on the half of the cases that the hash of their names puts into "tuned"; the other half was looked at when they
 stood. A sick run counts as named when an alarm of its rule came in time, as localised when the first layer named lies in the sick
@@ -18,6 +18,7 @@ from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
 from tests.zoo.case import Case
 from tests.zoo.healthy import HEALTHY
+from tests.zoo.more import MORE
 from tests.zoo.sick import SICK
 
 SEEDS = (0, 1)
@@ -102,11 +103,11 @@ def tuned(case: Case) -> bool:
 def main(arguments: list[str]) -> None:
     """Print what went wrong, then the score of each half."""
     torch.set_num_threads(1)
-    which = arguments[0] if arguments and arguments[0] in ("tuned", "held-out", "all") else "all"
-    names = [a for a in arguments if a not in ("tuned", "held-out", "all")]
+    which = arguments[0] if arguments and arguments[0] in ("tuned", "held-out", "more", "all") else "all"
+    names = [a for a in arguments if a not in ("tuned", "held-out", "more", "all")]
     score: dict[str, dict[str, int]] = {}
-    for case in HEALTHY + SICK:
-        half = "tuned" if tuned(case) else "held-out"
+    for case in HEALTHY + SICK + MORE:
+        half = "more" if case in MORE else "tuned" if tuned(case) else "held-out"
         if which not in (half, "all") or (names and not any(n in case.name for n in names)):
             continue
         mine = score.setdefault(

@@ -106,6 +106,8 @@ class _Modules:
     """`[T, M]`, decades: what stands for the delta at the module, its bias's gradient if that is not mere rounding."""
     bias: NDArray[np.float64]
     """`[T, M]`, decades: the same, but its bias's gradient wherever that is not zero."""
+    own: NDArray[np.bool_]
+    """`[M]`: `delta` is its bias's gradient."""
     gain: NDArray[np.float64]
     """`[M]`, factor by which its weights enlarge what passes, 1 keeps the scale; NaN for a normalisation."""
     distance: NDArray[np.float64]
@@ -121,6 +123,7 @@ class _Modules:
             index[self.owner[inside]],
             self.delta[:, keep],
             self.bias[:, keep],
+            self.own[keep],
             self.gain[keep],
             self.distance[keep],
             self.head[keep],
@@ -202,8 +205,9 @@ def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Mo
     np.logical_or.at(norm, owner, layout.norm[places])
     own = bias >= weight - NULL_BIAS
     delta = np.where(own, bias, weight)
-    _through_norms(delta, np.asarray(own.all(axis=0)), norm)
-    m = _Modules(layout, places, owner, delta, np.where(bias > -44.0, bias, weight), gain, distance, head, norm)
+    told = np.asarray(own.all(axis=0))
+    _through_norms(delta, told, norm)
+    m = _Modules(layout, places, owner, delta, np.where(bias > -44.0, bias, weight), told, gain, distance, head, norm)
     keep = np.asarray(np.isfinite(delta).all(axis=0))
     if not keep.all():
         m = m.pick(keep)
@@ -434,8 +438,10 @@ def _module_name(history: History, m: _Modules, module: int) -> str:
 def _since(history: History, m: _Modules, sick: NDArray[np.int64], growth: _Growth) -> int:
     """The first of the kept records since when a third of the growth, in decades, has been there."""
     back = history.recent("grad_norm", 64)
-    of = m.places if not growth.deep else m.places[~m.layout.matrix[m.places]]
-    owner = m.owner if not growth.deep else m.owner[~m.layout.matrix[m.places]]
+    # Of each module what stood for its delta: its bias, or its weight where that tells more.
+    by_bias = m.own | growth.deep
+    speaks = by_bias[m.owner] != m.layout.matrix[m.places]
+    of, owner = m.places[speaks], m.owner[speaks]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.maximum(back[:, m.layout.columns[of]], 1e-45))
     chosen, rest = np.isin(owner, sick[:2]), owner >= growth.cut
