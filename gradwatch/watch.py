@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import time
 import traceback
 import weakref
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from gradwatch import options
 from gradwatch.capture import private
+from gradwatch.capture.home import Home
 from gradwatch.capture.recorder import Deliberate, Recorder
 from gradwatch.capture.tape import TAPE
 from gradwatch.diagnose.incidents import Incidents
@@ -114,8 +114,7 @@ class GradWatch:
         self._entered = 0.0
         self._unfinished = 0
         self._updates_watched = 0
-        self.home = 0
-        """Ident of the thread it was attached in."""
+        self._home = Home()
 
     # -- the block -----------------------------------------------------------------------------------------------------------------
 
@@ -140,7 +139,7 @@ class GradWatch:
             raise RuntimeError("the model of this GradWatch no longer exists; make a new GradWatch for the new model")
         self._check_actors(models)
         recorder = self._new_recorder(models)
-        self.home = threading.get_ident()
+        self._home = Home()
         self._entered = time.perf_counter()
         try:
             self._models, self._recorder, self._attached = models, recorder, True
@@ -275,6 +274,13 @@ class GradWatch:
 
     # -- what the loop does (called by the tape) -----------------------------------------------------------------------------------
 
+    def concerns(self, roots: Sequence[Any]) -> bool:
+        return self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots))))
+
+    def lives_here(self) -> bool:
+        recorder = self._recorder
+        return self._home.here() or (recorder is not None and recorder.clock.in_backward)
+
     def on_backward_begin(self) -> None:
         self._guard(lambda recorder: recorder.backward_begin())
         self._judge_pending()
@@ -290,7 +296,7 @@ class GradWatch:
         self._guard(lambda recorder: recorder.scale(scaler))
 
     def on_pre_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._heeds(optimizer):
+        if not self._heeds(optimizer) or not self.lives_here():
             return None
         closure = kwargs.get("closure") if "closure" in kwargs else next((one for one in args[1:] if callable(one)), None)
         told = self._guard(lambda recorder: recorder.pre_step(optimizer, closure is not None))
@@ -302,7 +308,7 @@ class GradWatch:
         return None
 
     def on_post_step(self, optimizer: Optimizer) -> None:
-        if self._heeds(optimizer):
+        if self._heeds(optimizer) and self.lives_here():
             self._guard(lambda recorder: recorder.post_step(optimizer))
 
     def on_fork(self) -> None:

@@ -287,7 +287,6 @@ def _size(tensor: Tensor) -> int:
 def _is_zero(gradient: Tensor) -> bool:
     with torch.no_grad():
         tensor = dense(gradient.detach())
-        tensor = getattr(tensor, "_local_tensor", tensor)
         if on_host(tensor) and tensor.dtype is not torch.bfloat16:
             values = tensor.numpy()
             return not values.flat[:64].any() and not values.any()

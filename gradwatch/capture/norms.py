@@ -32,6 +32,7 @@ PACK = 2**18
 TINY = 1e-15
 """A float32 norm below this may have lost squares below 1e-38 to underflow: it is read again in float64."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -137,7 +138,7 @@ class NormReader:
         cells = self._cell
         for slot, tensor in zip(slots, tensors, strict=True):
             batch = self._where[slot]
-            if batch is not None and tensor.layout is torch.strided:
+            if batch is not None and tensor.layout is torch.strided and type(tensor) in _PLAIN:
                 entry = packed.setdefault(id(batch), (batch, [], []))
                 entry[1].append(slot)
                 entry[2].append(tensor)
@@ -146,7 +147,6 @@ class NormReader:
             if tensor.numel() == 0:
                 out[slot] = 0.0
             elif not on_host(tensor):
-                tensor = getattr(tensor, "_local_tensor", tensor)
                 chosen = remote.setdefault((tensor.device, tensor.dtype), ([], []))
                 chosen[0].append(slot)
                 chosen[1].append(tensor)
@@ -196,7 +196,6 @@ def _line(tensor: Tensor) -> Tensor | None:
 def exact(tensor: Tensor) -> tuple[float, int]:
     """The 2-norm in float64 and the number of NaN and Inf elements: two passes and a synchronisation, for suspicious tensors only."""
     tensor = dense(tensor.detach())
-    tensor = getattr(tensor, "_local_tensor", tensor)
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     tensor = as_real(tensor)
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)), bad
@@ -204,7 +203,7 @@ def exact(tensor: Tensor) -> tuple[float, int]:
 
 def quick_norm(tensor: Tensor) -> float:
     """The 2-norm of one small tensor on CPU, for a probe; NaN on a device, where it would wait."""
-    if tensor.dtype is torch.float32 and tensor.layout is torch.strided and on_host(tensor):
+    if tensor.dtype is torch.float32 and tensor.layout is torch.strided and on_host(tensor) and type(tensor) in _PLAIN:
         array = tensor.detach().numpy().ravel()
         return math.sqrt(array.dot(array))
     if not on_host(tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,14 +136,15 @@ class Owners:
                 value = float(value) if on_host(value) else np.nan
             lr[slots] = value
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Whether any optimizer that has been seen, or any in the process, holds `parameter`. Searches the process: on suspicion only."""
+    def unowned(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Those of `leaves` that no optimizer in the process holds. Searches the process once: on suspicion only."""
+        left = {id(leaf): leaf for leaf in leaves}
         for thing in gc.get_objects():
             if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing):
                 for group in thing.param_groups:
-                    if any(p is parameter for p in group["params"]):
-                        return True
-        return False
+                    for p in group["params"]:
+                        left.pop(id(p), None)
+        return list(left.values())
 
 
 def _signature(optimizer: Optimizer) -> _Signature:

@@ -153,7 +153,8 @@ def materialised(parameter: Tensor) -> bool:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values of a sparse tensor, duplicates summed; a dense one as it is."""
+    """The values of a sparse tensor, duplicates summed; this rank's shard of a DTensor; a plain dense tensor as it is."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
     if tensor.layout is torch.strided:
         return tensor
     return tensor.coalesce()._values() if tensor.is_sparse else tensor.values()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -213,13 +212,20 @@ class Recorder:
         self._foreign_steps = self._unowned = 0
         self._ever_stepped = False
         self._dirty = False
-        self._thread = 0
+        self._steps_without: set[int] = set()
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
         self.unfinished = 0
         self._describe()
 
     # -- what the loop does --------------------------------------------------------------------------------------------------------
+
+    def reaches(self, roots: Sequence[Any]) -> bool:
+        """Whether the graph of `roots` holds a watched parameter, as far as it can be seen."""
+        if self.table.changed():
+            self._rescan()
+        facts = walk(roots, self.table.slot_of)
+        return bool(facts.distance) or facts.opaque
 
     def backward_begin(self) -> None:
         """The outermost backward starts."""
@@ -236,7 +242,6 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
-        self._thread = threading.get_ident()
         record = self.clock.open
         fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
         read_here = record is None or record.evaluations == 1
@@ -394,8 +399,6 @@ class Recorder:
         """A step has returned."""
         key, _ = self.owners.adopt(optimizer)
         if key is None:
-            if threading.get_ident() != self._thread:
-                return  # another training in another thread
             self.clock.foreign_post()
             self._foreign_steps += 1
             self._update_pending()
@@ -409,8 +412,9 @@ class Recorder:
             if draft is not None and key not in draft.noted:
                 self._note_use(draft, key)  # its gradients came from a closure inside the step
             self.gradients.used(mine)
-        used = record is not None and draft is not None and not record.reached.isdisjoint(mine)
-        if used and draft is not None and outermost and not found_inf:
+        if outermost and not found_inf and (record is None or draft is None):
+            self._steps_without.add(key)  # nothing has reached what it owns since it stepped last
+        elif draft is not None and outermost and not found_inf:
             draft.flag(self.owners.index(key), GradState.STEPPED)
             self._ever_stepped = True
             if draft.full:
@@ -477,6 +481,9 @@ class Recorder:
             dense, every = self._sampling.dense, self._sampling.every
             full = count < dense or count % every == 0
             draft = self._draft = Draft.blank(len(self.table), full, cadence)
+            for key in self._steps_without:
+                draft.flag(self.owners.index(key), GradState.STEPPED)
+            self._steps_without.clear()
         self.gradients.read(slots)
         index: Any = slice(None) if slots is self.gradients.everything else slots
         draft.norm[index] = self.gradients.norm[index]
@@ -813,7 +820,7 @@ class Recorder:
         if self._outside_due:
             return
         leaves = [leaf for ref in self._outside if (leaf := ref()) is not None]
-        orphans = [leaf for leaf in leaves if not self.owners.holds(leaf)]
+        orphans = self.owners.unowned(leaves)
         paths = find_unregistered(self.table.modules, orphans)
         self._outside_facts = (tuple(tuple(leaf.shape) for leaf in orphans), tuple(paths[id(x)] for x in orphans if id(x) in paths))
         self._describe()

@@ -24,11 +24,14 @@ from gradwatch.capture import private
 
 
 class Listener(Protocol):
-    """What a watch hears. Only what it raises on purpose may leave these methods."""
+    """What a watch hears. Only what it raises on purpose may leave these methods.
 
-    home: int
-    """Ident of the thread it was attached in."""
+    Gradients of a model that another thread trains must not be looked at: the engine writes them without Python's lock. So each watch
+    says which thread is its own, and hears of no other.
+    """
 
+    def concerns(self, roots: Sequence[Any]) -> bool: ...
+    def lives_here(self) -> bool: ...
     def on_backward_begin(self) -> None: ...
     def on_backward_end(self, roots: Sequence[Any], scalar: bool) -> None: ...
     def on_backward_failed(self) -> None: ...
@@ -78,15 +81,6 @@ class Tape:
             if not self._listeners and self._wrapper is not None:
                 self._uninstall()
 
-    def _concerned(self) -> list[Listener]:
-        """Those that hear what happens in this thread: all that live here, or, in a thread where none was attached, all."""
-        live = list(self.listeners())
-        if len(live) == 1:
-            return live
-        here = threading.get_ident()
-        home = [listener for listener in live if listener.home == here]
-        return home or live
-
     # -- in and out ----------------------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
@@ -127,8 +121,9 @@ class Tape:
         @functools.wraps(original)
         def scale(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
             scaled = original(self, outputs, *args, **kwargs)
-            for listener in tape._concerned() if tape._token is token else ():
-                listener.on_scale(self)
+            for listener in tape.listeners() if tape._token is token else ():
+                if listener.lives_here():
+                    listener.on_scale(self)
             return scaled
 
         scaler.scale = scale  # type: ignore[attr-defined]
@@ -137,13 +132,11 @@ class Tape:
     # -- one backward --------------------------------------------------------------------------------------------------------------
 
     def _run(self, original: Callable[..., None], tensors: Any, grad_tensors: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        concerned = self._concerned()
-        roots: tuple[Any, ...] = ()
         if not isinstance(tensors, Tensor) and not hasattr(tensors, "node"):
-            tensors = tuple(tensors)  # it may be an iterator, and two of us read it
-            roots = tensors
+            roots = tensors = tuple(tensors)  # it may be an iterator, and two of us read it
         else:
             roots = (tensors,)
+        concerned = [listener for listener in self.listeners() if listener.concerns(roots)]
         for listener in concerned:
             listener.on_backward_begin()
         try:

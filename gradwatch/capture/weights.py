@@ -139,15 +139,17 @@ def _sample(parameter: Tensor) -> Tensor | None:
     """The fixed sample of a parameter as a strided view of its memory; None where it has none."""
     if not materialised(parameter):
         return None
-    tensor = as_real(getattr(parameter.detach(), "_local_tensor", parameter.detach()))
+    tensor = getattr(parameter.detach(), "_local_tensor", parameter.detach())
+    if tensor.layout is not torch.strided or not (tensor.dtype.is_floating_point or tensor.is_complex()):
+        return None
     n = tensor.numel()
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if n else 0
-    if n == 0 or span != n or tensor.layout is not torch.strided or not tensor.dtype.is_floating_point:
+    if n == 0 or span != n:
         return None
     offset = tensor.storage_offset()
     if n <= CHUNKS * CHUNK:
-        return tensor.as_strided((n,), (1,), offset)
-    return tensor.as_strided((CHUNKS, CHUNK), (n // CHUNKS, 1), offset)
+        return as_real(tensor.as_strided((n,), (1,), offset))
+    return as_real(tensor.as_strided((CHUNKS, CHUNK), (n // CHUNKS, 1), offset))
 
 
 def _host(tensor: Tensor) -> NDArray[np.float64]:

@@ -25,10 +25,18 @@ class Ear:
     """Writes down what it hears."""
 
     def __init__(self) -> None:
-        self.home = threading.get_ident()
+        self.home: int | None = None  # the thread it follows; None: all
         self.heard: list[str] = []
         self.roots: list[tuple[Any, ...]] = []
         self.scalar: list[bool] = []
+
+    def concerns(self, roots: Any) -> bool:
+        """Whether it follows this thread."""
+        return self.lives_here()
+
+    def lives_here(self) -> bool:
+        """Whether it follows this thread."""
+        return self.home in (None, threading.get_ident())
 
     def on_backward_begin(self) -> None:
         """A backward starts."""
