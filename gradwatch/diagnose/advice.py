@@ -119,7 +119,7 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
     weak = sum(names[name] for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid"))
     flat = sum(names[name] for name in ("Tanh", "Softsign", "Hardtanh"))
     gain = _typical_gain(finding, history)
-    whole = e["ratio"]
+    whole = e.get("ratio", 0.0)
     if e.get("share_of_drop", 0.0) >= 0.6 or (e.get("sharpest_drop", 1.0) <= 10**-2.5 and not (gain is not None and gain < 0.1)):
         first = finding.layers[0] or "(model)" if finding.layers else "one place"
         if e.get("nodes", 0.0) >= 12:
@@ -129,11 +129,11 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
             )
         if e.get("gain_there", 1.0) < 0.1:
             return (
-                f"The weights of the layer after {first} are tiny: they keep {_times(e['gain_there'])} of the scale of what passes.",
+                f"The weights of the layer after {first} are tiny: they keep {_times(e.get('gain_there', 0.0))} of the scale of what passes.",
                 "Initialise that layer with kaiming_normal_ or xavier_normal_.",
             )
         return (
-            f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e['sharpest_drop'])}.",
+            f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e.get('sharpest_drop', 0.0))}.",
             "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",
         )
     if weak >= 3:

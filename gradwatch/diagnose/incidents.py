@@ -82,7 +82,7 @@ class Incidents:
             incident = self._cause_of(finding) or self._same(finding)
             if incident is None:
                 incident = self._open(finding, persistence, history)
-                self._incidents.append(incident)
+                self._take_over(incident, history)
                 send.append(incident.alert)
             elif self._extend(incident, finding, history):
                 send.append(incident.alert)
@@ -189,6 +189,32 @@ class Incidents:
             state="open",
         )
         return _Incident(alert, max(1, persistence), history.recorded)
+
+    def _take_over(self, incident: _Incident, history: History) -> None:
+        """Add an incident that opens; where consequences that began with it were told before, it takes the place of the first of them.
+
+        A jump of the norm is a spike at once, and an explosion ten records later if it lasts.
+        """
+        cause = incident.alert
+        rank = _RANK.get(cause.rule, len(_RANK))
+        taken = [
+            i
+            for i, other in enumerate(self._incidents)
+            if rank < _RANK.get(other.alert.rule, -1)
+            and abs(cause.step - other.alert.step) <= 1
+            and history.recorded - other.record <= 2 * incident.persistence
+            and cause.rule not in _POISON
+            and bool(other.alert.layers) == bool(cause.layers)
+            and overlap(cause.layers, other.alert.layers)
+        ]
+        if not taken:
+            self._incidents.append(incident)
+            return
+        first = self._incidents[taken[0]].alert
+        incident.alert = replace(cause, step=min(cause.step, first.step))
+        self._incidents[taken[0]] = incident
+        for i in reversed(taken[1:]):
+            del self._incidents[i]
 
     def _extend(self, incident: _Incident, finding: Finding, history: History) -> bool:
         """Take further evidence; True if the alert is to be sent again."""

@@ -27,7 +27,11 @@ SPREAD = 0.15
 """Least standard deviation of the logarithm, so that a run without noise does not make everything far outside (zoo: 0.06 to 0.5)."""
 
 FIRST = 2.0
-"""Over the norm of the first records: once a run has converged, one hard batch stands out and does no harm."""
+"""Over the norm of the first records, for once a run has converged, one hard batch stands out and does no harm; and over the largest
+of the kept ones, for what has happened before is no news."""
+
+START = 5
+"""Records at the start of a run whose norms are no habit: transients of the initialisation."""
 
 RESTART = 2.0
 """Factor by which the learning rate rose in one of the last records: what follows is its doing."""
@@ -69,6 +73,7 @@ def gradient_spike(history: History) -> Iterator[Finding]:
         and np.log(total) - float(before.max()) >= np.log(RATIO)
         and (not earlier.size or excess - float(earlier.max()) >= np.log(EARLIER))
         and np.log(total) - first >= np.log(FIRST)
+        and total >= FIRST * _largest(history, columns)
     )
     if not far:
         return
@@ -101,6 +106,17 @@ def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]
     ages = np.arange(WINDOW - 1, 0, -1)[:, None]
     logs: NDArray[np.float64] = b.last[(seen[None, :] - 1 - ages) % WINDOW, columns[None, :]].astype(np.float64)
     return logs
+
+
+def _largest(history: History, columns: NDArray[np.int64]) -> float:
+    """The largest norm over these parameters in a kept record that reached most of them."""
+    back = history.recent("grad_norm", 64)[:-1, columns].astype(float)
+    start = max(0, START - int(history.steps[-1] - len(back)))
+    back = back[start:]
+    seen = np.isfinite(back)
+    enough = seen.mean(axis=1) > 0.5
+    norms = np.sqrt(np.square(np.where(seen, back, 0.0)).sum(axis=1))[enough]
+    return float(norms.max(initial=0.0))
 
 
 def _restarted(history: History, columns: NDArray[np.int64]) -> bool:

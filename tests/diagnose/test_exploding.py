@@ -1,0 +1,172 @@
+"""Gradients that explode, across depth and in time, and everything that is only large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradwatch.history import LayerFact, Meta, ParameterFact
+from gradwatch.records import Severity
+from tests.diagnose.runs import Run, chain
+
+KEEPS = 64**0.5
+"""Norm of a 64 × 64 matrix that keeps the scale of its input."""
+
+
+def growth(layers: int, decades: float) -> Any:
+    """Norms that grow evenly by so many decades from the last layer to the first."""
+    return np.repeat(10.0 ** np.linspace(decades, 0.0, layers), 2)
+
+
+@pytest.mark.parametrize(
+    ("decades", "gain", "told"),
+    [
+        pytest.param(3.0, 2.0, True, id="explained by the weights"),
+        pytest.param(3.0, 1.0, False, id="of a healthy size and not explained"),
+        pytest.param(4.5, 1.0, True, id="of a size that needs no explanation"),
+        pytest.param(1.5, 2.0, False, id="small"),
+    ],
+)
+def test_growth_towards_the_input(decades: float, gain: float, told: bool) -> None:
+    run = Run(chain(16))
+    run.records(15, growth(16, decades), weight_norm=gain * KEEPS)
+    if not told:
+        assert run.alarms() == []
+        return
+    alert = run.only("exploding_gradient")
+    assert (alert.severity, alert.step, alert.layers[0], run.sent[0][0]) == (Severity.ERROR, 0, "0", 10)
+    assert "15" not in alert.layers
+    assert ("weights are large" in alert.cause) is (gain > 1)
+
+
+def test_growth_that_begins_at_update_20_is_told_within_10() -> None:
+    run = Run(chain(16))
+    run.records(20)
+    run.records(10, growth(16, 5.0))
+    assert run.only("exploding_gradient").step == 20
+
+
+def test_a_jump_between_neighbours_is_the_work_of_a_custom_backward() -> None:
+    run = Run(chain(8))
+    run.records(15, np.repeat([300.0] * 4 + [1.0] * 4, 2), weight_norm=KEEPS)
+    alert = run.only("exploding_gradient")
+    assert set(alert.layers) == {"0", "1", "2", "3"}
+    assert "custom backward" in alert.remedy
+
+
+def test_a_small_head_below_large_layers_is_none() -> None:
+    run = Run(chain(4))
+    run.records(40, np.repeat([300.0, 300.0, 300.0, 1.0], 2), weight_norm=KEEPS)
+    assert run.alarms() == []
+
+
+def test_a_layer_scale_network_is_none() -> None:
+    run = Run(chain(10))
+    run.records(40, np.repeat([1.0] + [1e-6] * 8 + [1.0], 2))
+    assert run.alarms() == []
+
+
+def test_a_module_that_normalises_enlarges_the_gradient_of_a_small_embedding() -> None:
+    meta = chain(8)
+    layers = (meta.layers[0], *(LayerFact(f"{i}", "Embedding" if i < 2 else "Linear", "other") for i in range(8)))
+    norm = LayerFact("norm", "LayerNorm", "normalization")
+    facts = [replace(f, order=None if f.order is None else f.order + (2 if int(f.layer) >= 2 else 0)) for f in meta.parameters]
+    facts = [f for f in facts if f.name not in ("0.bias", "1.bias")]
+    facts += [
+        ParameterFact(f"norm.{k}", "norm", (64,), owner="SGD#0", order=4 + j, distance=15) for j, k in enumerate(("weight", "bias"))
+    ]
+    run = Run(Meta(tuple(facts), (*layers, norm)))
+    norms = np.array([500.0 if f.layer in ("0", "1") else 1.0 for f in facts])
+    run.records(40, norms)
+    assert run.alarms() == []
+
+
+def test_a_head_of_small_weight_behind_another_is_none() -> None:
+    """Two heads on one trunk: the one executed last weighs little in the loss."""
+    meta = chain(5)
+    facts = [replace(f, distance=f.distance if int(f.layer) < 4 else 4) for f in meta.parameters]
+    layers = tuple(replace(f, role="head") if f.name in ("3", "4") else f for f in meta.layers)
+    run = Run(Meta(tuple(facts), layers))
+    run.records(40, np.repeat([1.0] * 4 + [1e-5], 2))
+    assert run.alarms() == []
+
+
+def test_when_activations_explode_too_the_biases_tell() -> None:
+    norms = np.full(32, 1e6)
+    norms[1::2] = 10.0 ** np.linspace(6, 0, 16)
+    run = Run(chain(16, activation="ReLU"))
+    run.records(12, norms, weight_norm=3 * KEEPS)
+    alert = run.only("exploding_gradient")
+    assert alert.layers[0] == "0"
+    assert run.sent[0][0] == 3
+
+
+def test_without_biases_the_weights_and_the_size_of_the_gradient_tell() -> None:
+    run = Run(chain(16, activation="ReLU", bias=False))
+    run.records(12, 1e5, weight_norm=3 * KEEPS)
+    alert = run.only("exploding_gradient")
+    assert alert.layers[0] == "0"
+    run = Run(chain(16, activation="ReLU", bias=False))
+    run.records(40, 1.0, weight_norm=3 * KEEPS)
+    assert run.alarms() == []
+
+
+def test_large_gradients_beside_small_weights_are_no_evidence() -> None:
+    run = Run(chain(16))
+    run.records(40, 1e5, weight_norm=KEEPS)
+    assert run.alarms() == []
+
+
+def test_norm_and_loss_that_grow_without_a_pause_are_told() -> None:
+    run = Run(chain(4))
+    for i in range(15):
+        run.record(2.0**i, loss=1.5 * 4.0**i)
+    alert = run.only("exploding_gradient")
+    assert (alert.step, alert.layers) == (0, ("",))
+    assert "learning rate is too high" in alert.cause
+
+
+def test_growth_from_update_20_is_told_within_10() -> None:
+    run = Run(chain(4))
+    run.records(20)
+    for i in range(10):
+        run.record(3.0**i, loss=9.0**i)
+    assert 19 <= run.only("exploding_gradient").step <= 22
+
+
+def test_a_norm_that_grows_while_the_loss_does_not_is_none() -> None:
+    run = Run(chain(4))
+    for i in range(40):
+        run.record(1.3**i, loss=1.0)
+    assert run.alarms() == []
+
+
+def test_growth_that_stops_is_none() -> None:
+    run = Run(chain(4))
+    for i in range(60):
+        run.record(30.0 if i > 20 else 1.2**i, loss=30.0 if i > 20 else 1.2**i)
+    assert run.alarms() == []
+
+
+def test_a_run_that_dies_in_three_updates_is_told_as_growing_too() -> None:
+    run = Run(chain(4))
+    for i in range(4):
+        run.record(1e3**i, loss=1e5**i)
+    run.record(np.nan, loss=np.inf, grad_nonfinite=4.0, grad_state=9, total_norm=np.nan)
+    assert set(run.rules()) == {"non_finite_loss", "exploding_gradient"}
+
+
+def test_decay_is_vanishing_and_growth_exploding_never_both() -> None:
+    for norms in (growth(12, 6.0), growth(12, 6.0)[::-1]):
+        run = Run(chain(12))
+        run.records(20, norms)
+        assert len(run.rules()) == 1
+
+
+def test_ten_thousand_layers_are_judged_in_bounded_time() -> None:
+    run = Run(chain(2100, width=4))
+    run.records(12, growth(2100, 6.0))
+    assert run.rules() == ["exploding_gradient"]

@@ -1,0 +1,253 @@
+"""Faults of the loop: gradients kept, steps never made, parameters forgotten; and what only looks like them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gradwatch.history import LayerFact, Meta, ParameterFact, Pending
+from gradwatch.records import GradState, Severity, SkipReason
+from tests.diagnose.runs import STEPPED, Run, chain, change, skipped
+
+STALE = np.uint8(STEPPED | GradState.STALE)
+
+
+# -- gradients_not_zeroed ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_that_are_never_cleared_are_an_error_from_update_0() -> None:
+    run = Run(chain(3))
+    run.record()
+    run.records(12, grad_state=STALE)
+    alert = run.only("gradients_not_zeroed")
+    assert (alert.severity, alert.step, alert.layers) == (Severity.ERROR, 0, ("",))
+    assert run.sent[0][0] <= 7
+
+
+def test_gradients_kept_from_update_20_on_are_told_within_10() -> None:
+    run = Run(chain(3))
+    run.records(20)
+    run.records(10, grad_state=STALE)
+    assert run.sent[0][0] <= 30
+    assert run.only("gradients_not_zeroed").step == 20
+
+
+def test_a_loop_that_clears_every_second_update_is_told() -> None:
+    run = Run(chain(3))
+    for i in range(14):
+        run.record(grad_state=STALE if i % 2 else np.uint8(STEPPED))
+    assert run.rules() == ["gradients_not_zeroed"]
+
+
+def test_a_forgotten_clear_now_and_then_is_none() -> None:
+    run = Run(chain(3))
+    for i in range(60):
+        run.record(grad_state=STALE if i % 5 == 4 else np.uint8(STEPPED))
+    assert run.alarms() == []
+
+
+def test_only_the_module_that_keeps_its_gradients_is_named() -> None:
+    run = Run(chain(3))
+    state = np.full(6, STEPPED, np.uint8)
+    state[2:4] = STALE
+    run.record()
+    run.records(10, grad_state=state)
+    assert run.only("gradients_not_zeroed").layers == ("1",)
+
+
+# -- never_stepped -----------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_cleared_without_a_step_are_told_at_update_10() -> None:
+    run = Run(chain(3))
+    run.records(12, **skipped(SkipReason.NO_STEP))
+    alert = run.only("never_stepped")
+    assert (alert.step, alert.layers, alert.parameters, run.sent[0][0]) == (0, (), (), 10)
+
+
+def test_a_loop_that_paused_after_stepping_is_none() -> None:
+    run = Run(chain(3))
+    run.records(5)
+    run.history.pending = Pending(ever_stepped=True)
+    run.records(30, **skipped(SkipReason.NO_STEP))
+    assert run.alarms() == []
+
+
+@pytest.mark.parametrize(
+    ("calls", "ended", "told"),
+    [
+        pytest.param(64, False, True, id="endless"),
+        pytest.param(63, False, False, id="a long accumulation"),
+        pytest.param(10, True, True, id="the run ends"),
+        pytest.param(9, True, False, id="the run ends too early to say"),
+    ],
+)
+def test_an_open_record_without_a_step(calls: int, ended: bool, told: bool) -> None:
+    run = Run(chain(3))
+    run.history.pending, run.history.ended = Pending(backward_calls=calls), ended
+    run.judge()
+    assert bool(run.alarms()) is told
+
+
+def test_an_optimizer_of_another_model_is_named_as_the_cause() -> None:
+    run = Run(chain(3))
+    run.history.pending = Pending(unowned=10, foreign_steps=10)
+    run.judge()
+    assert "other parameters" in run.only("never_stepped").cause
+
+
+def test_a_skipping_scaler_is_no_forgotten_step() -> None:
+    run = Run(chain(3))
+    run.records(11, **skipped(SkipReason.SCALER), loss_scale=1024.0)
+    assert run.alarms() == []
+
+
+# -- missing_gradient --------------------------------------------------------------------------------------------------------------
+
+
+def missing(run: Run, n: int, unreached: list[int]) -> None:
+    """Records in which the owner steps and some columns are not reached."""
+    norms, state = np.ones(len(run.history.parameters)), np.full(len(run.history.parameters), STEPPED, np.uint8)
+    norms[unreached], state[unreached] = np.nan, np.uint8(GradState.STEPPED)
+    run.records(n, norms, grad_state=state)
+
+
+def test_a_module_that_no_backward_reaches_is_told_by_update_15() -> None:
+    run = Run(chain(4))
+    missing(run, 15, [0, 1, 2, 3])
+    alert = run.only("missing_gradient")
+    assert (alert.severity, alert.step, alert.layers, len(alert.parameters)) == (Severity.WARNING, 0, ("0", "1"), 4)
+
+
+def test_a_module_cut_off_at_update_20_is_told_within_10() -> None:
+    run = Run(chain(4))
+    run.records(20)
+    missing(run, 10, [0, 1])
+    alert = run.only("missing_gradient")
+    assert (alert.step, alert.layers) == (20, ("0",))
+
+
+def test_one_parameter_of_a_module_that_is_reached_is_an_information() -> None:
+    run = Run(chain(4))
+    missing(run, 40, [1])
+    assert run.alarms() == []
+    assert [a.severity for a in run.incidents.alerts] == [Severity.INFO]
+
+
+def test_a_mask_token_beside_modules_that_are_reached_is_an_information() -> None:
+    meta = chain(3)
+    token = ParameterFact("mask_token", "", (32,), owner="SGD#0")
+    run = Run(replace(meta, parameters=(token, *meta.parameters)))
+    missing(run, 40, [0])
+    assert run.alarms() == []
+
+
+def test_a_module_that_misses_steps_now_and_then_is_healthy() -> None:
+    run = Run(chain(4))
+    for i in range(60):
+        missing(run, 1, [] if i % 7 == 0 else [2, 3])
+    assert run.alarms() == []
+
+
+def test_a_teacher_that_no_optimizer_owns_is_healthy() -> None:
+    run = Run(change(chain(4), lambda f: f.layer in ("0", "1"), owner=None))
+    state = np.full(8, STEPPED, np.uint8)
+    state[:4] = 0
+    run.records(40, np.array([np.nan] * 4 + [1.0] * 4), grad_state=state)
+    assert run.alarms() == []
+
+
+def test_a_frozen_module_is_healthy() -> None:
+    run = Run(change(chain(4), lambda f: f.layer == "0", trainable=False))
+    missing(run, 40, [0, 1])
+    assert run.alarms() == []
+
+
+def experts(name: str = "experts") -> Meta:
+    parameters = [ParameterFact(f"{name}.{i}.weight", f"{name}.{i}", (8, 8), owner="SGD#0") for i in range(4)]
+    layers = [
+        LayerFact(""),
+        LayerFact(name, "ModuleList", "container"),
+        *(LayerFact(f"{name}.{i}", "Linear", "linear") for i in range(4)),
+    ]
+    return Meta(tuple(parameters), tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("meta", "alarm"),
+    [
+        pytest.param(experts(), False, id="called an expert"),
+        pytest.param(experts("blocks"), True, id="one of blocks that are all used"),
+    ],
+)
+def test_an_idle_one_of_equals(meta: Meta, alarm: bool) -> None:
+    run = Run(meta)
+    missing(run, 29, [3])
+    assert run.alarms() == []
+    missing(run, 2, [3])
+    assert bool(run.alarms()) is alarm
+
+
+def test_an_idle_expert_among_others_that_miss_steps_is_healthy() -> None:
+    run = Run(experts("branches"))
+    for i in range(50):
+        missing(run, 1, [3, i % 3])
+    assert run.alarms() == []
+
+
+def test_a_module_that_is_known_never_to_be_called_is_told_at_update_30_or_at_the_end() -> None:
+    run = Run(chain(3))
+    calls = np.array([1.0, 0.0, 1.0, 1.0])
+    norms, state = np.array([np.nan] * 2 + [1.0] * 4), np.array([8, 8, 9, 9, 9, 9], np.uint8)
+    run.records(20, norms, grad_state=state, calls=calls)
+    assert run.alarms() == []
+    run.history.ended = True
+    run.judge()
+    assert run.only("missing_gradient").layers == ("0",)
+
+
+# -- not_in_optimizer --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_with_gradients_that_no_optimizer_owns_is_an_error() -> None:
+    run = Run(change(chain(4), lambda f: f.layer == "3", owner=None))
+    state = np.full(8, STEPPED, np.uint8)
+    state[6:] = np.uint8(GradState.REACHED)
+    run.records(9, grad_state=state)
+    assert run.alarms() == []
+    run.record(grad_state=state)
+    alert = run.only("not_in_optimizer")
+    assert (alert.severity, alert.step, alert.layers, len(alert.parameters)) == (Severity.ERROR, 0, ("3",), 2)
+
+
+def test_a_loop_without_an_optimizer_is_healthy() -> None:
+    run = Run(change(chain(4), lambda f: True, owner=None))
+    run.records(40, grad_state=np.uint8(GradState.REACHED | GradState.CHANGED))
+    assert run.alarms() == []
+
+
+def test_a_parameter_whose_optimizer_steps_in_other_records_is_healthy() -> None:
+    run = Run(chain(4))
+    state = np.full(8, STEPPED, np.uint8)
+    state[6:] = np.uint8(GradState.REACHED)
+    run.records(40, grad_state=state)
+    assert run.alarms() == []
+
+
+def test_layers_in_a_plain_list_are_an_error_with_shapes_and_without_names() -> None:
+    meta = replace(chain(3), outside=((32, 32), (32,)), outside_in_model=("hidden[0].weight", "hidden[0].bias"))
+    run = Run(meta)
+    run.records(15)
+    alert = run.only("not_in_optimizer")
+    assert (alert.severity, alert.layers, alert.parameters, alert.evidence["leaves"]) == (Severity.ERROR, (), (), 2)
+    assert "32×32" in alert.message
+    assert "ModuleList" in alert.remedy
+
+
+def test_leaves_outside_of_everything_are_an_information() -> None:
+    run = Run(replace(chain(3), outside=((64, 3, 3, 3),)))
+    run.records(15)
+    assert run.alarms() == []
+    assert [a.severity for a in run.incidents.alerts] == [Severity.INFO]

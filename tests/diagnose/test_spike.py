@@ -1,0 +1,105 @@
+"""One step far outside everything before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gradwatch.history import Meta
+from gradwatch.records import Severity
+from tests.diagnose.runs import Run, chain
+
+
+@pytest.mark.parametrize("factor", [20.0, 1e3, 1e20])
+def test_a_spike_is_told_at_once_and_ends_soon(factor: float) -> None:
+    run = Run(chain(4))
+    run.records(20)
+    run.record(factor)
+    alert = run.only("gradient_spike")
+    assert (alert.severity, alert.step, alert.layers, alert.parameters, alert.count) == (Severity.WARNING, 20, ("",), (), 1)
+    assert alert.evidence["ratio"] == pytest.approx(factor, rel=0.3)
+    run.records(5)
+    assert run.only("gradient_spike").state == "ended"
+
+
+def test_a_spike_in_one_layer_names_it() -> None:
+    run = Run(chain(4))
+    run.records(20)
+    norms = np.ones(8)
+    norms[4] = 500.0
+    run.record(norms)
+    assert run.only("gradient_spike").layers == ("2",)
+
+
+def test_ten_records_are_needed_and_eleven_are_enough() -> None:
+    run = Run(chain(4))
+    run.records(9)
+    run.record(100.0)
+    assert run.alarms() == []
+    run = Run(chain(4))
+    run.records(10)
+    run.record(100.0)
+    assert run.rules() == ["gradient_spike"]
+
+
+def test_a_factor_below_ten_is_none() -> None:
+    run = Run(chain(4))
+    run.records(20)
+    run.record(8.0)
+    assert run.alarms() == []
+
+
+def test_heavy_tails_are_none() -> None:
+    run, random = Run(chain(4)), np.random.default_rng(1)
+    for _ in range(200):
+        run.record(np.exp(1.0 * random.standard_normal()))
+    assert run.alarms() == []
+
+
+def test_what_happened_before_is_no_spike_when_it_happens_again() -> None:
+    run = Run(chain(4))
+    for i in range(60):
+        run.record(15.0 if i % 20 == 5 else 1.0)
+    assert run.alarms() == []
+
+
+def test_a_hard_batch_after_convergence_is_none() -> None:
+    run = Run(chain(4))
+    for i in range(60):
+        run.record(1e-3 * 30 if i == 55 else max(1e-3, 0.8**i))
+    assert run.alarms() == []
+
+
+def test_a_restart_of_the_learning_rate_is_none() -> None:
+    run = Run(chain(4))
+    run.records(20)
+    run.record(lr=1.0)
+    run.record(40.0, lr=1.0)
+    assert run.alarms() == []
+
+
+def test_growth_from_record_to_record_is_no_spike() -> None:
+    run = Run(chain(4))
+    for i in range(40):
+        run.record(1.6**i)
+    assert "gradient_spike" not in run.rules()
+
+
+def test_alternating_models_of_different_size_are_none_and_a_spike_in_one_is_told() -> None:
+    g, d = chain(3, prefix="g."), chain(3, prefix="d.")
+    run = Run(Meta(g.parameters + d.parameters, g.layers[1:] + d.layers[1:]))
+    nan = np.full(6, np.nan)
+    for _ in range(20):
+        run.record(np.concatenate((np.full(6, 1e-3), nan)))
+        run.record(np.concatenate((nan, np.full(6, 1e3))))
+    assert run.alarms() == []
+    run.record(np.concatenate((np.full(6, 1e-1), nan)))
+    assert run.only("gradient_spike").layers == ("g.0", "g.1", "g.2") or run.only("gradient_spike").layers[0].startswith("g.")
+
+
+def test_the_cause_tells_whether_the_loss_rose_with_it() -> None:
+    for loss, word in ((50.0, "outlier"), (1.0, "loss is as usual")):
+        run = Run(chain(4))
+        run.records(20)
+        run.record(50.0, loss=loss)
+        assert word in run.only("gradient_spike").cause
