@@ -1,0 +1,185 @@
+"""`gradwatch demo`, run as a newcomer runs it, and read as one reads it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gradwatch import demo
+from gradwatch.__main__ import DEMO_CASES, main
+
+SECONDS = 60.0
+"""CPU time that all of it may take."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a run of the demo printed.
+
+    Attributes:
+        text: its standard output.
+        parts: the same, cut at its numbered headings; the introduction first.
+        seconds: CPU time it took.
+    """
+
+    text: str
+    parts: tuple[str, ...]
+    seconds: float
+
+
+def show(*args: str, encoding: str = "utf-8") -> Shown:
+    env = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "RANK")}
+    env |= {"PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    before = os.times()
+    command = [sys.executable, "-W", "error", "-m", "gradwatch", "demo", *args]
+    result = subprocess.run(command, capture_output=True, text=True, encoding=encoding, env=env, check=False, timeout=400)
+    after = os.times()
+    assert (result.returncode, result.stderr) == (0, "")
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return Shown(result.stdout, tuple(re.split(r"(?m)^\d\. ", result.stdout)), seconds)
+
+
+@pytest.fixture(scope="module")
+def shown() -> Shown:
+    return show()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def losses(part: str) -> tuple[float, float]:
+    match = re.search(r"Loss (\S+) at the start, (\S+) after \d+ updates", flat(part))
+    assert match is not None, part
+    return float(match[1]), float(match[2])
+
+
+def blind() -> float:
+    """The entropy of the characters of the text, in plain Python."""
+    library = Path(sysconfig.get_path("stdlib"))
+    text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in demo.MODULES)
+    counts = Counter(char if char.isascii() else "\x7f" for char in text)
+    return -sum(count / len(text) * log(count / len(text)) for count in counts.values())
+
+
+def test_the_number_to_beat_is_that_of_guessing_by_frequency(shown: Shown) -> None:
+    assert f"costs {blind():.2f}: this is the number to beat" in flat(shown.parts[0])
+
+
+def test_the_sigmoid_network_learns_nothing_and_the_watch_says_why_within_the_first_updates(shown: Shown) -> None:
+    part = flat(shown.parts[1])
+    _, last = losses(part)
+    assert last == pytest.approx(blind(), rel=0.02)
+    assert "so it has learnt nothing from its input" in part
+    assert part.count("▲ gradwatch since step 0: vanishing gradient in embed, linear1") == 1
+    assert "Why: 10 sigmoids in a row: each passes on at most a quarter of the gradient." in part
+    assert re.search(r"Try: .*ReLU", part)
+    told = re.search(r"told of it at update (\d+) of 500", part)
+    assert told is not None
+    assert int(told[1]) <= 15
+
+
+def test_the_fall_is_drawn_layer_by_layer(shown: Shown) -> None:
+    rows = re.findall(r"(?m)^(?: loss| *|input) +(head|linear\d+|embed) +(█*[▏▎▍▌▋▊▉█]) +(\S+)$", shown.parts[1])
+    assert [name for name, _, _ in rows] == ["head", *(f"linear{i}" for i in range(10, 0, -1)), "embed"]
+    norms = [float(norm) for _, _, norm in rows]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[0] > 1e6 * norms[-1]
+    bars = [len(bar) for _, bar, _ in rows]
+    assert bars == sorted(bars, reverse=True)
+
+
+def test_with_the_remedy_it_learns_and_the_watch_is_silent(shown: Shown) -> None:
+    part = flat(shown.parts[2])
+    first, last = losses(part)
+    assert last < 0.9 * blind() < first
+    assert "✓ gradwatch: healthy after 500 updates" in part
+    assert "nothing to say but its verdict" in part
+    assert not re.search("[▲✗]", part)
+
+
+def test_large_weights_explode_and_clipping_helps(shown: Shown) -> None:
+    bare, clipped = flat(shown.parts[3]), flat(shown.parts[4])
+    for part in (bare, clipped):
+        assert part.count("✗ gradwatch since step 0: exploding gradient in embed, linear1") == 1
+        assert "Why: The weights are large: a typical layer enlarges what passes it 2.4 times" in part
+        assert "vanishing" not in part
+    assert losses(bare)[0] == losses(clipped)[0] > 1000
+    assert losses(bare)[1] > blind() > losses(clipped)[1]
+    assert f"Unclipped it was {losses(bare)[1]}." in clipped
+    scaled = re.search(r"scaled down in (\d+) of 500 updates, the first one to (\S+) of itself", clipped)
+    norm = re.search(r"first gradient had a norm of (\d+)\.", bare)
+    assert scaled is not None
+    assert norm is not None
+    assert int(scaled[1]) >= 10
+    assert float(scaled[2]) == pytest.approx(1 / float(norm[1]), rel=0.05)
+
+
+def test_it_fits_the_screen_and_the_minute(shown: Shown) -> None:
+    lines = shown.text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 110
+    assert not any(line.endswith(" ") for line in lines)
+    assert shown.seconds < SECONDS
+    assert not re.search(r"\x1b|Traceback|\bnan\b|\binf\b|NaN|Inf\b", shown.text)
+    assert len(shown.parts) == 6
+
+
+def test_one_case_alone_with_another_seed_in_ascii() -> None:
+    part = show("--case", "exploding", "--seed", "1", encoding="ascii")
+    assert len(part.parts) == 4
+    assert "sigmoid" not in part.text
+    assert "X gradwatch since step 0: exploding gradient" in part.text
+    assert losses(part.parts[1])[1] > losses(part.parts[2])[1]
+
+
+def test_the_help_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(demo.CASES) == DEMO_CASES
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--help"])
+    assert end.value.code == 0
+    assert "{vanishing,exploding}" in capsys.readouterr().out
+
+
+def test_a_lesson_asks_for_the_character_that_follows() -> None:
+    text = "".join(chr(32 + i % 90) for i in range(500))
+    lesson = demo.Lesson(text, seed=3)
+    batches = list(lesson.batches(2))
+    again = list(lesson.batches(2))
+    for (context, following), (same, _) in zip(batches, again, strict=True):
+        assert torch.equal(context, same)
+        for row, char in zip(context.tolist(), following.tolist(), strict=True):
+            assert "".join(map(chr, [*row, char])) in text
+    assert not torch.equal(batches[0][0], batches[1][0])
+    assert lesson.blind == pytest.approx(log(90), abs=0.01)
+
+
+def test_without_the_source_of_the_library_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    out = io.StringIO()
+    assert demo.demo(console=Console(file=out, width=400)) == 1
+    assert f"no source text of the standard library in {tmp_path}" in out.getvalue()
+
+
+def test_it_leaves_threads_and_random_state_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "UPDATES", 2)
+    torch.set_num_threads(2)
+    try:
+        state = torch.get_rng_state()
+        assert demo.demo("vanishing", console=Console(file=io.StringIO())) == 0
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_num_threads(1)
