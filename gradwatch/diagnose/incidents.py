@@ -35,6 +35,8 @@ CAUSES: tuple[tuple[str, ...], ...] = (
 """Rules, causes before their consequences."""
 
 _RANK = {rule: rank for rank, rules in enumerate(CAUSES) for rule in rules}
+# A spike is one record; what it does to the weights may be told as well, but not instead.
+_EVENTS = frozenset({"gradient_spike"})
 _POISON = frozenset(name for names in CAUSES[:5] for name in names)
 
 
@@ -191,16 +193,14 @@ class Incidents:
         return _Incident(alert, max(1, persistence), history.recorded)
 
     def _take_over(self, incident: _Incident, history: History) -> None:
-        """Add an incident that opens; where consequences that began with it were told before, it takes the place of the first of them.
-
-        A jump of the norm is a spike at once, and an explosion ten records later if it lasts.
-        """
+        """Add an incident that opens; where consequences that began with it were told before, it takes the place of the first of them."""
         cause = incident.alert
         rank = _RANK.get(cause.rule, len(_RANK))
         taken = [
             i
             for i, other in enumerate(self._incidents)
             if rank < _RANK.get(other.alert.rule, -1)
+            and other.alert.rule not in _EVENTS
             and abs(cause.step - other.alert.step) <= 1
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in _POISON
