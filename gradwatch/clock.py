@@ -159,9 +159,7 @@ class Clock:
             return Pre.IGNORE, None
         record, outcome = self.open, None
         if closure:
-            if record is not None and record.stepped and not self.in_backward:
-                outcome = self._close()
-            return Pre.WAIT, outcome
+            return Pre.WAIT, None  # it may only return the loss; if it calls backward, that closes what is over
         if record is not None and not self.in_backward:
             if owner in record.owners and (record.backward_calls or owner not in record.stepped):
                 return Pre.ACT, None

@@ -275,7 +275,7 @@ class GradWatch:
     # -- what the loop does (called by the tape) -----------------------------------------------------------------------------------
 
     def concerns(self, roots: Sequence[Any]) -> bool:
-        return self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots))))
+        return self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots, self._home.here()))))
 
     def lives_here(self) -> bool:
         recorder = self._recorder

@@ -8,22 +8,37 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation as activations
-from torch.nn.modules import batchnorm, conv, dropout, instancenorm, rnn
 
+from gradwatch.capture import private
 from gradwatch.capture.parameters import ParameterTable, as_real, materialised
 from gradwatch.facts import LayerFact, Meta, ParameterFact
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("attention", (nn.MultiheadAttention,)),
     ("linear", (nn.Linear, nn.Bilinear, nn.LazyLinear)),
-    ("convolution", (conv._ConvNd,)),
+    (
+        "convolution",
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
     (
         "normalization",
-        (batchnorm._NormBase, instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm),
+        (
+            nn.BatchNorm1d,
+            nn.BatchNorm2d,
+            nn.BatchNorm3d,
+            nn.SyncBatchNorm,
+            nn.InstanceNorm1d,
+            nn.InstanceNorm2d,
+            nn.InstanceNorm3d,
+            nn.LayerNorm,
+            nn.GroupNorm,
+            nn.LocalResponseNorm,
+            nn.RMSNorm,
+        ),
     ),
-    ("recurrent", (rnn.RNNBase, rnn.RNNCellBase)),
+    ("recurrent", (nn.RNNBase, nn.RNNCellBase)),
     ("embedding", (nn.Embedding, nn.EmbeddingBag)),
-    ("dropout", (dropout._DropoutNd,)),
+    ("dropout", (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)),
 )
 
 _ACTIVATIONS = tuple(
@@ -49,7 +64,7 @@ def kind_of(module: nn.Module) -> str:
         return "normalization"
     if name.endswith("Activation"):  # transformers wraps torch's functions in classes of its own: GELUActivation, SiLUActivation
         return "activation"
-    return "container" if module._modules else "other"
+    return "container" if private.children(module) else "other"
 
 
 def in_scope(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
@@ -77,15 +92,17 @@ class InitialFacts:
 
 def _initial(parameter: Tensor) -> tuple[float, bool]:
     tensor = parameter.detach()
-    tensor = as_real(getattr(tensor, "_local_tensor", tensor))
+    tensor = as_real(private.shard(tensor))
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point or tensor.layout is not torch.strided:
         return float("nan"), False
+    part = tensor
     if tensor.numel() > _WHOLE and tensor.is_contiguous():
-        # A few million elements say how a matrix was initialised as well as all of them, and attaching stays quick.
-        tensor = tensor.flatten(1)[: max(2, _WHOLE * tensor.shape[0] // tensor.numel())] if tensor.dim() > 1 else tensor[:_WHOLE]
+        # A million elements say how large a matrix was made as well as all of them, and attaching stays quick.
+        part = tensor.view(-1)[:_WHOLE]
     with torch.no_grad():
-        rms = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / tensor.numel() ** 0.5
-        equal = tensor.dim() > 1 and tensor.shape[0] > 1 and bool((tensor[1:] == tensor[:1]).all())
+        rms = float(torch.linalg.vector_norm(part, dtype=torch.float64)) / part.numel() ** 0.5
+        rows = tensor.shape[0] if tensor.dim() > 1 else 1
+        equal = rows > 1 and bool((tensor[1:64] == tensor[:1]).all()) and bool((tensor[1:] == tensor[:1]).all())
     return rms, equal
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradwatch.capture.norms import TINY, NormReader, exact, quick_norm
 from gradwatch.capture.parameters import dense, on_host
+from gradwatch.capture.private import version
 
 PROBES = 3
 """Gradients looked at again right before the step, to see whether somebody scaled them: three agree by chance in no case."""
@@ -61,6 +62,7 @@ class Gradients:
         self._probes_of: tuple[Sequence[int], list[int]] = ((), [])
         self._leftover: dict[int, _Mark] = {}
         self._armed = 3
+        self._marked = True
         self._any_bad = False
         self._zeros: dict[int, int] = {}
         self._before: list[Tensor | None] = []
@@ -77,7 +79,7 @@ class Gradients:
             if self._stale_slots:
                 self._clear_stale(list(self._stale_slots))
             return
-        self._versions = [0 if g is None else g._version for g in before]
+        self._versions = [0 if g is None else version(g) for g in before]
         self._look_for_leftovers(before)
 
     def end(self) -> list[int]:
@@ -91,13 +93,13 @@ class Gradients:
                 return self.everything
             return [slot for slot, g in enumerate(after) if g is not None]
         reached: list[int] = []
-        for slot, (g, old, version) in enumerate(zip(after, before, self._versions, strict=True)):
+        for slot, (g, old, before_version) in enumerate(zip(after, before, self._versions, strict=True)):
             if g is None:
                 continue
-            if g is not old or g._version != version:
+            if g is not old or version(g) != before_version:
                 reached.append(slot)
             else:
-                self._leftover[slot] = (id(g), version)
+                self._leftover[slot] = (id(g), before_version)
         return reached
 
     def fail(self) -> None:
@@ -117,7 +119,7 @@ class Gradients:
             if not self.lagging:
                 self._confirm(chosen, there)
             else:
-                self._marks.update((slot, (id(g), g._version)) for slot, g in zip(chosen, there, strict=True))
+                self._marks.update((slot, (id(g), version(g))) for slot, g in zip(chosen, there, strict=True))
 
     def _confirm(self, slots: Sequence[int], tensors: Sequence[Tensor]) -> None:
         if not slots:
@@ -154,7 +156,7 @@ class Gradients:
         self.norm[slots] = norms
         self.nonfinite[slots] = ~np.isfinite(norms)
         here = [(slot, g) for slot in slots if (g := self._params[slot].grad) is not None]
-        here = [(slot, g) for slot, g in here if self._marks.get(slot) == (id(g), g._version)]
+        here = [(slot, g) for slot, g in here if self._marks.get(slot) == (id(g), version(g))]
         self._marks.clear()
         with torch.no_grad():
             self._confirm([slot for slot, _ in here], [g for _, g in here])
@@ -180,7 +182,7 @@ class Gradients:
         found = set()
         for slot in slots:
             g = self._params[slot].grad
-            if g is not None and self._leftover.get(slot) != (id(g), g._version) and not _is_zero(g):
+            if g is not None and self._leftover.get(slot) != (id(g), version(g)) and not _is_zero(g):
                 found.add(slot)
         return found
 
@@ -230,12 +232,13 @@ class Gradients:
         if self._used:
             for slot in slots:
                 self._used.pop(slot, None)
-        if self._armed > 0:
+        self._marked = self._armed > 0
+        if self._marked:
             self._armed -= 1
             for slot in slots:
                 g = self._params[slot].grad
                 if g is not None:
-                    self._used[slot] = (id(g), g._version)
+                    self._used[slot] = (id(g), version(g))
 
     def _clear_stale(self, slots: Iterable[int]) -> None:
         self._stale_slots.difference_update(slots)
@@ -265,8 +268,10 @@ class Gradients:
             if g is None:
                 continue
             self._armed = 3
-            used = self._used.get(slot)
-            if used is not None and used == (id(g), g._version) and self._holds_something(slot, g):
+            # Where no mark was made, the first one that is left over counts: nobody has had a reason to keep and change it before.
+            if self._used.get(slot, None if self._marked else (id(g), version(g))) == (id(g), version(g)) and self._holds_something(
+                slot, g
+            ):
                 self._stale_slots.add(slot)
         self._just_stepped.clear()
         self._used.clear()

@@ -23,7 +23,7 @@ _WIDE = 1000
 _FOREIGN = frozenset({"builtins", "collections", "logging", "numpy", "threading", "torch", "weakref"})
 """Packages whose objects hold no layers of the user's."""
 
-_OPAQUE = ("CheckpointFunctionBackward", "CompiledFunctionBackward", "CompiledFunction")
+_OPAQUE = ("CompiledFunctionBackward",)
 
 
 @dataclass(slots=True)
@@ -65,8 +65,8 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
             facts.opaque = True
             break
         name = type(node).__name__
-        # Custom functions carry `_forward_cls`; what they do inside is theirs, but their inputs stay visible as edges.
-        if name in _OPAQUE or (hasattr(node, "_forward_cls") and name.startswith(_OPAQUE)):
+        # A custom function, reentrant checkpoint among them, carries `_forward_cls`: what it does inside is its own affair.
+        if name in _OPAQUE or hasattr(node, "_forward_cls"):
             facts.opaque = True
         number = -1
         for below, _ in node.next_functions:

@@ -44,8 +44,12 @@ class Owners:
         self.owner_of: dict[int, int] = {}
         self.owners = np.full(len(table), -1, np.int64)
 
-    def adopt(self, optimizer: Optimizer) -> tuple[int | None, bool]:
+    def adopt(self, optimizer: Optimizer, steps: bool = True) -> tuple[int | None, bool]:
         """Take an optimizer in.
+
+        Args:
+            optimizer: it.
+            steps: it is about to step, and so takes over what another one owned; else it gets only what nobody owns.
 
         Returns:
             Its key, or None where it owns nothing watched; and whether ownership has changed.
@@ -69,11 +73,14 @@ class Owners:
         for slot in known.slots:
             if self.owner_of.get(slot) == key:
                 del self.owner_of[slot]
+        if not steps:
+            slots = [slot for slot in slots if slot not in self.owner_of]
+            signature = ()  # it takes the rest when it steps
         for other in {self.owner_of[slot] for slot in slots if slot in self.owner_of}:
             self._known[other].signature = None  # it takes its parameters back when it steps
         known.signature, known.slots, known.slot_set = signature, slots, frozenset(slots)
         known.index = np.array(slots, np.int64)
-        known.groups = [np.array(group, np.int64) for group in groups]
+        known.groups = [np.array([slot for slot in group if slot in known.slot_set], np.int64) for group in groups]
         self.owner_of.update(dict.fromkeys(slots, key))
         self.owners = np.full(len(self._table), -1, np.int64)
         self.owners[list(self.owner_of)] = list(self.owner_of.values())
@@ -100,7 +107,7 @@ class Owners:
             if not issubclass(type(thing), Optimizer) or thing in self._key_of or "param_groups" not in vars(thing):
                 continue
             if any(id(p) in wanted for group in thing.param_groups for p in group["params"]):
-                self.adopt(thing)
+                self.adopt(thing, steps=False)
                 found = True
         return found
 
@@ -133,7 +140,7 @@ class Owners:
         for group, slots in zip(optimizer.param_groups, known.groups, strict=False):
             value = group.get("lr", np.nan)
             if isinstance(value, Tensor):
-                value = float(value) if on_host(value) else np.nan
+                value = float(value.detach()) if on_host(value) else np.nan
             lr[slots] = value
 
     def unowned(self, leaves: Sequence[Tensor]) -> list[Tensor]:

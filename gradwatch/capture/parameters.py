@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from gradwatch.capture import private
+
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names under which torch's own wrapper modules hold the module they wrap (compile, FSDP, activation checkpointing)."""
 
@@ -19,9 +21,9 @@ _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside `torch.compile` and DistributedDataParallel."""
     while not isinstance(model, torch.jit.ScriptModule):
-        inner = model._modules.get("_orig_mod")
+        inner = private.children(model).get("_orig_mod")
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
+            inner = private.children(model).get("module", private.children(model).get("_fsdp_wrapped_module"))
         if inner is None:
             return model
         model = inner
@@ -41,7 +43,7 @@ def named_modules(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Mod
     names: set[str] = set()
     for key, model in models.items():
         for name, module in unwrap(model).named_modules():
-            if id(module) in seen or _WRAPPER_SEGMENTS & module._modules.keys():
+            if id(module) in seen or _WRAPPER_SEGMENTS & private.children(module).keys():
                 continue
             seen.add(id(module))
             full = _join(key, plain_name(name))
@@ -115,9 +117,9 @@ class ParameterTable:
         order: list[int] = []
         self._held, self._empty = [], []
         for layer, module in self.modules.items():
-            for held in (module._parameters, module._modules):
+            for held in (private.own_parameters(module), private.children(module)):
                 (self._held if held else self._empty).append(held)
-            for name, parameter in module._parameters.items():
+            for name, parameter in private.own_parameters(module).items():
                 if parameter is None or id(parameter) in slot_of:
                     continue
                 slot = self.slot_of.get(id(parameter))
@@ -154,12 +156,13 @@ def materialised(parameter: Tensor) -> bool:
 
 def dense(tensor: Tensor) -> Tensor:
     """The values of a sparse tensor, duplicates summed; this rank's shard of a DTensor; a plain dense tensor as it is."""
-    tensor = getattr(tensor, "_local_tensor", tensor)
-    if tensor.layout is torch.strided:
-        return tensor
-    return tensor.coalesce()._values() if tensor.is_sparse else tensor.values()
+    tensor = private.shard(tensor)
+    if tensor.layout is not torch.strided:
+        tensor = private.sparse_values(tensor)
+    # Lazy views, which numpy refuses: they come from gradients set by hand in complex models.
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as a real one with a last axis of two; others as they are."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg()) if tensor.is_complex() else tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,31 @@ def foreach_copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     except AttributeError:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+version: Callable[[Tensor], int] = attrgetter("_version")
+"""How often a tensor was changed in place, as far as autograd was told; a getter in C, for it is asked of every gradient."""
+
+
+def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """The dictionary of a module's own submodules, live: that a name was added or replaced shows in it."""
+    return module._modules
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The dictionary of a module's own parameters, live."""
+    return module._parameters
+
+
+def sparse_values(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, duplicates summed, without a graph."""
+    return tensor.coalesce()._values() if tensor.is_sparse else tensor.values()
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; another tensor as it is."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local if isinstance(local, Tensor) else tensor
 
 
 def uncompiled(function: Callable[..., T]) -> Callable[..., T]:

@@ -220,12 +220,12 @@ class Recorder:
 
     # -- what the loop does --------------------------------------------------------------------------------------------------------
 
-    def reaches(self, roots: Sequence[Any]) -> bool:
-        """Whether the graph of `roots` holds a watched parameter, as far as it can be seen."""
+    def reaches(self, roots: Sequence[Any], here: bool) -> bool:
+        """Whether the graph of `roots` holds a watched parameter; where it hides something, as `here` (its own thread) lets expect."""
         if self.table.changed():
             self._rescan()
         facts = walk(roots, self.table.slot_of)
-        return bool(facts.distance) or facts.opaque
+        return bool(facts.distance) or (facts.opaque and here)
 
     def backward_begin(self) -> None:
         """The outermost backward starts."""
@@ -414,6 +414,8 @@ class Recorder:
             self.gradients.used(mine)
         if outermost and not found_inf and (record is None or draft is None):
             self._steps_without.add(key)  # nothing has reached what it owns since it stepped last
+        elif draft is not None and outermost and not found_inf and (record is None or key not in record.owners):
+            self._steps_without.add(key)
         elif draft is not None and outermost and not found_inf:
             draft.flag(self.owners.index(key), GradState.STEPPED)
             self._ever_stepped = True
@@ -453,7 +455,9 @@ class Recorder:
 
     def told(self, value: Any) -> None:
         """The user says what the loss is."""
-        self._told.append(value.detach() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):
+            value = float(value.detach()) if on_host(value) else value.detach().clone()
+        self._told.append(value)
 
     def know(self, optimizer: Optimizer) -> int | None:
         """Learn of an optimizer before it steps; returns its key, None where it owns nothing watched."""
@@ -481,9 +485,6 @@ class Recorder:
             dense, every = self._sampling.dense, self._sampling.every
             full = count < dense or count % every == 0
             draft = self._draft = Draft.blank(len(self.table), full, cadence)
-            for key in self._steps_without:
-                draft.flag(self.owners.index(key), GradState.STEPPED)
-            self._steps_without.clear()
         self.gradients.read(slots)
         index: Any = slice(None) if slots is self.gradients.everything else slots
         draft.norm[index] = self.gradients.norm[index]
@@ -495,7 +496,7 @@ class Recorder:
         if draft.full or not draft.cadence:
             self._sample(draft, slots)
         elif not self._versions:
-            self._versions = [(slot, self.table.params[slot]._version) for slot in slots[:3]]
+            self._versions = [(slot, private.version(self.table.params[slot])) for slot in slots[:3]]
 
     def _cadence(self, slots: Iterable[int]) -> frozenset[int]:
         owner_of = self.owners.owner_of
@@ -629,7 +630,7 @@ class Recorder:
         if record is None:
             return False
         if self._versions:  # no sample was taken: a hint, for it does not move under `p.data.sub_`
-            return any(self.table.params[slot]._version != version for slot, version in self._versions)
+            return any(private.version(self.table.params[slot]) != version for slot, version in self._versions)
         return self.weights.moved(sorted(record.reached))
 
     def _left_out_by_scaler(self) -> bool:
@@ -681,7 +682,12 @@ class Recorder:
         else:
             if outcome is Outcome.BY_HAND:
                 self._by_hand(draft, record)
-            if not draft.told and not self.clock.in_backward:
+            if outcome is Outcome.STEPPED:
+                for key in self._steps_without - record.stepped:
+                    draft.flag(self.owners.index(key), GradState.STEPPED)
+                    self.owners.write_lr(key, draft.lr)
+                self._steps_without.clear()
+            if not self.clock.in_backward:  # else what was told last is of the update that begins
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
@@ -806,7 +812,7 @@ class Recorder:
         self._order.update({slot: number for slot, number in facts.order.items() if slot not in self._order})
         self._distance.update({slot: depth for slot, depth in facts.distance.items() if slot not in self._distance})
         self._opaque |= facts.opaque
-        unreached = set(self.table.column_slots) - facts.order.keys()
+        unreached = set(self.table.column_slots) - facts.distance.keys()
         self._unreached = unreached if self._unreached is None else self._unreached & unreached
         known = {id(ref()) for ref in self._outside}
         self._outside += [weakref.ref(leaf) for leaf in facts.outside if id(leaf) not in known]

@@ -109,13 +109,13 @@ class WeightSample:
         self.taken[:] = False
 
     def _stale(self) -> bool:
-        return self._pointers != [p.data_ptr() if materialised(p) else 0 for p in self._params]
+        return self._pointers != [_pointer(p) for p in self._params]
 
     def _refresh(self) -> None:
         """Make the views anew where a parameter's memory was moved (`.to`, `p.data = ...`) or materialised."""
         if not self._stale():
             return
-        self._pointers = [p.data_ptr() if materialised(p) else 0 for p in self._params]
+        self._pointers = [_pointer(p) for p in self._params]
         found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
         with torch.inference_mode(False):
             for slot, p in enumerate(self._params):
@@ -139,7 +139,7 @@ def _sample(parameter: Tensor) -> Tensor | None:
     """The fixed sample of a parameter as a strided view of its memory; None where it has none."""
     if not materialised(parameter):
         return None
-    tensor = getattr(parameter.detach(), "_local_tensor", parameter.detach())
+    tensor = private.shard(parameter.detach())
     if tensor.layout is not torch.strided or not (tensor.dtype.is_floating_point or tensor.is_complex()):
         return None
     n = tensor.numel()
@@ -150,6 +150,13 @@ def _sample(parameter: Tensor) -> Tensor | None:
     if n <= CHUNKS * CHUNK:
         return as_real(tensor.as_strided((n,), (1,), offset))
     return as_real(tensor.as_strided((CHUNKS, CHUNK), (n // CHUNKS, 1), offset))
+
+
+def _pointer(parameter: Tensor) -> int:
+    """Where its memory is; 0 where it has none of its own."""
+    if not materialised(parameter) or parameter.layout is not torch.strided:
+        return 0
+    return private.shard(parameter).data_ptr()
 
 
 def _host(tensor: Tensor) -> NDArray[np.float64]:
