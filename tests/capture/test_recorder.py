@@ -77,10 +77,11 @@ class Loop:
         def stop(_: Tensor) -> None:
             raise KeyboardInterrupt
 
-        self.parameters(what[-1])[0].register_hook(stop)  # type: ignore[no-untyped-call]
+        last = self.parameters(what[-1])[-1]
+        handle = last.register_hook(stop)  # type: ignore[no-untyped-call]
         with pytest.raises(KeyboardInterrupt):
             loss.backward()
-        self.parameters(what[-1])[0]._backward_hooks.clear()  # type: ignore[attr-defined]
+        handle.remove()
 
     def step(self, key: str) -> None:
         """A step."""
@@ -290,7 +291,8 @@ def test_an_old_optimizer_that_still_lies_about_takes_nothing_from_the_one_that_
     assert watch.history.stat("skipped").tolist() == [False] * 3
     mine = [math.hypot(*row) for row in watch.history.stat("grad_norm")[:, 2:].tolist()]
     np.testing.assert_allclose(watch.history.stat("total_norm"), mine, rtol=1e-5)
-    assert closed_at_the_step == [1, 2, 3]
+    # It might step yet, so that a record is closed by the next backward (design, section 3).
+    assert closed_at_the_step == [0, 1, 2]
     del whole
 
 

@@ -470,23 +470,41 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def test_a_thread_without_a_listener_of_its_own_is_heard_by_all(ear: Ear) -> None:
-    in_a_thread(lambda: loss().backward())
-    assert ear.heard == ["begin", "end"]
+def test_a_listener_hears_what_concerns_it_and_no_other(ear: Ear) -> None:
+    ear.home = threading.get_ident()
 
-
-def test_each_thread_is_heard_by_its_own_listener(ear: Ear) -> None:
     def work() -> list[str]:
         other = Ear()
+        other.home = threading.get_ident()
         TAPE.add(other)
         loss().backward()
+        torch.amp.GradScaler("cpu").scale(loss())
         TAPE.remove(other)
         return other.heard
 
-    assert in_a_thread(work) == ["begin", "end"]
+    assert in_a_thread(work) == ["begin", "end", "scale"]
     assert ear.heard == []
     loss().backward()
     assert ear.heard == ["begin", "end"]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["all-in-one-thread", "attached-elsewhere"])
+def test_a_training_is_followed_wherever_it_runs(moved: bool) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def run() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+    watch = GradWatch(model, console=False, rules=())
+    watch.attach()
+    in_a_thread(run) if moved else run()
+    watch.detach()
+    assert watch.history.recorded == 3
+    assert watch.notices == ()
 
 
 def trained(model: nn.Module, updates: int, seen: dict[int, dict[str, np.ndarray]]) -> None:
