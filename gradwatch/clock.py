@@ -206,7 +206,7 @@ class Clock:
                 return None
             self._reach(reached)
         assert self.open is not None
-        return self._close(Outcome.STEPPED if self.open.stepped else Outcome.BY_HAND)
+        return self._close(None if self.open.stepped else Outcome.BY_HAND)
 
     def exit(self, moved: Callable[[], bool], left_out: Callable[[], bool] = bool) -> Outcome | None:
         """The block is left.

@@ -78,7 +78,6 @@ class Scout:
         quiet: bool = False,
         summary: bool = False,
     ) -> None:
-        self.home = threading.get_ident()
         self._sink, self._clip, self._on_nonfinite, self._quiet, self._summary = sink, clip, on_nonfinite, quiet, summary
         self._process = os.getpid()
         self._watched: list[_Watched] = []
@@ -87,9 +86,8 @@ class Scout:
         self._failures: list[str] = []
         self._left_to_the_script = False
         self._backward_calls = self._steps = 0
-        self._loss = _LossSeen()
+        self._here = threading.local()
         self._midway: list[GradWatch] = []
-        self._in_backward = False
         TAPE.add(self)
         # After the script's own exit handlers, and before the one of gradwatch.watch, which would detach without a name.
         atexit.register(self.finish)
@@ -101,12 +99,16 @@ class Scout:
 
     # -- what the script does (called by the tape) ---------------------------------------------------------------------------------
 
+    def concerns(self, roots: Sequence[Any]) -> bool:
+        return True
+
+    def lives_here(self) -> bool:
+        return True
+
     def on_backward_begin(self) -> None:
-        self._in_backward = True
         self._loss.begin()
 
     def on_backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
-        self._in_backward = False
         self._backward_calls += 1
         self._loss.end(roots, scalar)
         for watch in self._midway:
@@ -114,7 +116,6 @@ class Scout:
         self._midway.clear()
 
     def on_backward_failed(self) -> None:
-        self._in_backward = False
         for watch in self._midway:
             watch.on_backward_failed()
         self._midway.clear()
@@ -135,7 +136,7 @@ class Scout:
             return None
         # The tape went round its listeners before this one came: it would miss the step that it was attached for.
         with_closure = any(callable(one) for one in (*args[1:], *kwargs.values()))
-        if self._in_backward:
+        if private.in_backward():
             watch.on_backward_begin()
             self._midway.append(watch)
         elif not with_closure:
@@ -150,6 +151,14 @@ class Scout:
 
     def on_fork(self) -> None:
         self._watched.clear()
+
+    @property
+    def _loss(self) -> _LossSeen:
+        """That of this thread: others may train other models."""
+        if not hasattr(self._here, "loss"):
+            self._here.loss = _LossSeen()
+        loss: _LossSeen = self._here.loss
+        return loss
 
     # -- attaching -----------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +182,7 @@ class Scout:
         wanted = [p for key, p in params.items() if key not in watched]
         if not wanted:
             return None
-        models, alone = outermost(wanted, owned=params.keys(), watched=watched, in_backward=self._in_backward)
+        models, alone = outermost(wanted, owned=params.keys(), watched=watched, in_backward=private.in_backward())
         if not models:
             self._strays.append(type(optimizer).__name__)
             return None

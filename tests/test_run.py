@@ -316,15 +316,15 @@ MAKES = {
     ),
     "threads_and_exit_handlers": Make(
         """
-        import atexit, threading
+        import atexit, sys, threading
 
+        # Both go on after the last line.
         model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        # Both go on after the last line.
-        atexit.register(lambda: print(train(model, optimizer, updates=5)))
-        threading.Thread(target=lambda: print(train(model, optimizer, updates=15))).start()
+        threading.Thread(target=train, args=(model, optimizer)).start()
+        atexit.register(lambda: print("good bye", file=sys.stderr))
         """,
-        HEALTHY.format(20, 2),
+        HEALTHY.format(20, 2).replace(r"\A", r"\Agood bye\n"),
         beside=False,
     ),
     "forks": Make(

@@ -227,7 +227,13 @@ def exact(tensor: Tensor) -> tuple[float, int]:
 
 def quick_norm(tensor: Tensor) -> float:
     """The 2-norm of one small tensor on CPU, for a probe; NaN on a device, where it would wait."""
-    if tensor.dtype is torch.float32 and tensor.layout is torch.strided and on_host(tensor) and type(tensor) in _PLAIN:
+    if (
+        tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+        and on_host(tensor)
+        and type(tensor) in _PLAIN
+        and not tensor.is_neg()
+    ):
         array = tensor.detach().numpy().ravel()
         return math.sqrt(array.dot(array))
     if not on_host(tensor):

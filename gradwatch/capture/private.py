@@ -131,9 +131,8 @@ def self_test() -> list[str]:
         lacking.append("_current_graph_task_id (nested backward calls count as separate ones)")
     if not hasattr(torch, "_foreach_norm") or not hasattr(torch, "_foreach_copy_"):
         lacking.append("_foreach_norm/_foreach_copy_ (reading costs more)")
-    leaf = torch.ones((), device="cpu", requires_grad=True)
-    with torch.enable_grad():
-        node = (leaf * 2).grad_fn
+    with torch.inference_mode(False), torch.enable_grad():
+        node = (torch.ones((), device="cpu", requires_grad=True) * 2).grad_fn
     if sequence_number(node) < 0:
         lacking.append("_sequence_nr (the order of execution is not known)")
     return [f"torch {torch.__version__} lacks {name}" for name in lacking]

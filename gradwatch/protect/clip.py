@@ -101,7 +101,7 @@ class Actor:
 def _clip_norm(params: Sequence[Tensor], total: float, max_norm: float) -> float:
     if not math.isfinite(total) or total <= max_norm:
         return 1.0  # torch multiplies by 1 here: a pass over all gradients that changes nothing
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(total, dtype=torch.float32))
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(total, dtype=torch.float32, device="cpu"))
     return max_norm / (total + 1e-6)
 
 
