@@ -13,6 +13,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+_DYNAMO = os.path.join("torch", "_dynamo", "")
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, 128 + SIGINT, as shells report it."""
@@ -142,6 +143,10 @@ def _without_own_frames(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None:
         if not trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
             kept.append(trace)
+        else:
+            # Dynamo's wrapper, by which the hooks keep themselves out of compiled code.
+            while kept and _DYNAMO in kept[-1].tb_frame.f_code.co_filename:
+                kept.pop()
         trace = trace.tb_next
     for before, after in itertools.pairwise([*kept, None]):
         if before is not None:
