@@ -29,19 +29,26 @@ class RingBuffer:
         dtype: structured numpy dtype of a row.
         capacity: rows wanted, at least 1; fewer are kept where they would take more than `max_bytes` (at least one always is).
         max_bytes: bound of the allocation, bytes.
+        total: rows that went before and are not kept, so that the next one has this number.
     """
 
-    def __init__(self, dtype: np.dtype[Any], capacity: int, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, dtype: np.dtype[Any], capacity: int, max_bytes: int = MAX_BYTES, total: int = 0) -> None:
         if capacity < 1:
             raise ValueError(f"RingBuffer(capacity={capacity}): needs at least 1 row")
-        self.capacity = max(1, min(int(capacity), max_bytes // max(1, dtype.itemsize)))
-        self.total = 0
+        self.capacity = self.room(dtype, capacity, max_bytes)
+        self.total = total
+        self._kept = 0
         self._rows = np.zeros(self.capacity, dtype)
         # Assigning a structured row goes field by field (20 us); its bytes go at once.
         self._bytes = self._rows.view(np.uint8).reshape(self.capacity, dtype.itemsize)
 
+    @staticmethod
+    def room(dtype: np.dtype[Any], capacity: int, max_bytes: int = MAX_BYTES) -> int:
+        """Rows that are kept where `capacity` are wanted."""
+        return max(1, min(int(capacity), max_bytes // max(1, dtype.itemsize)))
+
     def __len__(self) -> int:
-        return min(self.total, self.capacity)
+        return self._kept
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -56,6 +63,7 @@ class RingBuffer:
         """Take a 0-d structured array of the ring's dtype."""
         self._bytes[self.total % self.capacity] = np.frombuffer(row.tobytes(), np.uint8)
         self.total += 1
+        self._kept = min(self._kept + 1, self.capacity)
 
     def column(self, name: str, last: int | None = None) -> NDArray[Any]:
         """The last rows of one field, oldest first, as a copy."""
@@ -186,11 +194,11 @@ class History:
         if (old_p, old_l) == (self._parameters, self._layers):
             return
         old = self._ring
-        ring = RingBuffer(_row_dtype(len(self._parameters), len(self._layers)), self.window, self.max_bytes)
+        dtype = _row_dtype(len(self._parameters), len(self._layers))
+        keep = min(len(old), RingBuffer.room(dtype, self.window, self.max_bytes))
+        ring = RingBuffer(dtype, self.window, self.max_bytes, total=old.total - keep)
         p_from, p_to = _match(old_p, self._parameters)
         l_from, l_to = _match(old_l, self._layers)
-        keep = min(len(old), ring.capacity)
-        ring.total = old.total - keep
         columns = {name: old.column(name, keep) for name in STATISTICS}
         self._ring = ring
         for t in range(keep):
@@ -236,7 +244,7 @@ class History:
 
     def _fill(self, columns: Mapping[str, NDArray[Any]], total: int) -> None:
         kept = len(columns["time"])
-        self._ring.total = total - kept
+        self._ring = RingBuffer(self._ring.dtype, self.window, self.max_bytes, total=total - kept)
         for t in range(kept):
             row = self.blank_row()
             for name in STATISTICS:
@@ -249,7 +257,7 @@ class History:
         Rules run over it say what they said live, as far as the kept records and the final `meta` allow.
         """
         again = replace(self)
-        again._ring.total = self.recorded - len(self)
+        again._ring = RingBuffer(self._ring.dtype, self.window, self.max_bytes, total=self.recorded - len(self))
         again.pending, again.ended = replace(self.pending, backward_calls=0, unowned=0), False
         columns = {name: self.stat(name) for name in STATISTICS}
         for t in range(len(self)):

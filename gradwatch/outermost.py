@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
+from gradwatch.capture import private
+
 
 def outermost(
     wanted: Sequence[Tensor], *, owned: Collection[int], watched: Collection[int], in_backward: bool
-) -> tuple[list[nn.Module], bool]:
+) -> tuple[list[nn.Module], list[Optimizer]]:
     """Find the modules that own some parameters by searching the process. Some 50 ms.
 
     The module that holds most of them is taken, then the one that holds most of the rest, and so on. Of several that hold the same
@@ -27,22 +29,19 @@ def outermost(
         in_backward: gradients are still coming in, so that their absence tells nothing.
 
     Returns:
-        The modules, and whether no other optimizer in the process holds a parameter outside of them.
+        The modules, and every optimizer in the process.
     """
     ids = {id(p) for p in wanted}
     modules, optimizers = _living()
     candidates = [_Candidate(module, owned, watched, in_backward) for module in _ancestors(modules, ids)]
     chosen: list[nn.Module] = []
-    held: set[int] = set()
     while ids and candidates:
         best = max(candidates, key=lambda candidate: (len(candidate.params & ids), *candidate.rank))
         if not best.params & ids:
             break
         chosen.append(best.module)
-        held |= best.params
         ids -= best.params
-    alone = all(id(p) in held for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    return chosen, alone
+    return chosen, optimizers
 
 
 class _Candidate:
@@ -80,9 +79,9 @@ def _ancestors(modules: Iterable[nn.Module], ids: Collection[int]) -> list[nn.Mo
     modules = list(modules)
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
-        for child in module._modules.values():
+        for child in private.children(module).values():
             parents.setdefault(id(child), []).append(module)
-    todo = [module for module in modules if any(id(p) in ids for p in module._parameters.values())]
+    todo = [module for module in modules if any(id(p) in ids for p in private.own_parameters(module).values())]
     found: dict[int, nn.Module] = {}
     while todo:
         module = todo.pop()

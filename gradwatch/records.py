@@ -254,3 +254,13 @@ class NonFiniteGradientError(RuntimeError):
         self.step = step
         self.parameters = parameters
         self.origin = origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made again from `args` alone, and this one has more; it travels between processes.
+        return _again, (type(self), str(self), self.step, self.parameters, self.origin)
+
+
+def _again(
+    cls: type[NonFiniteGradientError], message: str, step: int, parameters: tuple[str, ...], origin: Origin | None
+) -> NonFiniteGradientError:
+    return cls(message, step=step, parameters=parameters, origin=origin)

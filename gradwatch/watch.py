@@ -12,6 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
@@ -172,7 +173,8 @@ class GradWatch:
             history = self.history
             history.pending, history.ended = recorder.pending, True
             try:
-                self._judge(history)
+                with np.errstate(all="ignore"):
+                    self._judge(history)
             finally:
                 history.ended = False
 
@@ -271,6 +273,8 @@ class GradWatch:
         history.set_meta(present)
         self._history = history
         self._incidents.load_state_dict(state["incidents"])
+        if len(history):
+            self._started = time.perf_counter() - float(history.recent("time", 1)[0])  # seconds go on
 
     # -- what the loop does (called by the tape) -----------------------------------------------------------------------------------
 
@@ -397,9 +401,8 @@ class GradWatch:
             history.pending = self._recorder.pending
         self._judge(history)
         if self._step_sinks:
-            record = history.record()
             for sink in tuple(self._step_sinks):
-                if not self._safely(partial(sink, record), f"the on_step callable {_name(sink)}"):
+                if not self._safely(partial(sink, history.record()), f"the on_step callable {_name(sink)}"):
                     self._step_sinks.remove(sink)
 
     def _judge_pending(self) -> None:
@@ -410,7 +413,7 @@ class GradWatch:
         pending = recorder.pending
         if pending is not history.pending and (pending.unowned or (pending.backward_calls and pending.backward_calls % 16 == 0)):
             history.pending = pending
-            self._judge(history)
+            self._guard(lambda _: self._judge(history))
 
     def _judge(self, history: History) -> None:
         for alert in self._incidents.judge(history):
@@ -427,7 +430,8 @@ class GradWatch:
             return None
         start = time.perf_counter()
         try:
-            return do(recorder)
+            with np.errstate(all="ignore"):  # whatever the user has numpy do
+                return do(recorder)
         except Deliberate as asked:
             raise asked.error from None
         except Exception:

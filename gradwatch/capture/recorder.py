@@ -19,7 +19,7 @@ from gradwatch.capture import private
 from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import find_unregistered, walk
-from gradwatch.capture.norms import NormReader
+from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable, dense, on_host
 from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
@@ -115,9 +115,8 @@ class Act(Protocol):
         step: number of the record.
         params: what it owns and a backward has reached, with a gradient.
         names: their names.
-        norms: float64, 2-norms of their gradients as `p.grad` holds them now, unless `touched`.
+        norms: float64, 2-norms of their gradients as `p.grad` holds them now.
         factor: what `p.grad` holds, divided by the true gradient (a loss scale that is still on it; 1 = none).
-        touched: somebody changed the gradients after they were read, so that `norms` are not those of `p.grad` now.
         found_inf: a GradScaler decides about this step on the device.
 
     Returns:
@@ -133,7 +132,6 @@ class Act(Protocol):
         names: Sequence[str],
         norms: NDArray[np.float64],
         factor: float,
-        touched: bool,
         found_inf: bool,
     ) -> float | None: ...
 
@@ -372,9 +370,8 @@ class Recorder:
                 step=self._recorded() + len(self._queue),
                 params=[self.table.params[slot] for slot in there],
                 names=[self.table.names[slot] for slot in there],
-                norms=self.gradients.norm[list(there)] * probes.expected,
+                norms=self._read_again(there) if probes.touched else self.gradients.norm[list(there)] * probes.expected,
                 factor=factor,
-                touched=probes.touched,
                 found_inf=getattr(optimizer, "found_inf", None) is not None,
             )
         except Exception as error:
@@ -386,6 +383,22 @@ class Recorder:
             coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
         if coef != coef or abs(coef - 1.0) > UNCHANGED:
             self._clipped(draft, there, coef * (draft.clip_coef if probes.touched else 1.0))
+
+    def _read_again(self, slots: Sequence[int]) -> NDArray[np.float64]:
+        """Norms of gradients that somebody has changed since they were read; waits for a device."""
+        gradients = [(slot, g) for slot in slots if (g := self.table.params[slot].grad) is not None]
+        norms = np.full(len(self.table), np.nan)
+        with torch.no_grad():
+            lagging = self._reader.read([slot for slot, _ in gradients], [g for _, g in gradients], norms, PROBES)
+            for slab in self._reader.slabs.values() if lagging else ():
+                slab.send()
+                mine = [slot for slot in lagging if self.table.params[slot].device == slab.table.device]
+                norms[mine] = slab.values()[PROBES, mine]
+            for slot, g in gradients:
+                if not np.isfinite(norms[slot]):
+                    norms[slot], bad = exact(g)
+                    norms[slot] = np.nan if bad else norms[slot]
+        return norms[list(slots)]
 
     def _note_use(self, draft: Draft, key: int) -> None:
         """The learning rate of the step, and the gradients in it that are left from an earlier one."""
@@ -429,7 +442,10 @@ class Recorder:
 
     def by_hand(self) -> None:
         """The user says that the update is over."""
+        closed = self.clock.closed
         if self.clock.open is None:
+            if closed is not None and closed.backward_calls:
+                return  # backward passes are seen here, and the last one's update is over already
             slots = {slot for slot, p in enumerate(self.table.params) if p.grad is not None}
             if slots:
                 self._read(sorted(slots))
@@ -517,8 +533,6 @@ class Recorder:
 
     def _correct_weight_norms(self, draft: Draft, slots: list[int], params: list[Tensor]) -> None:
         """A norm that overflowed float32, or lost its squares, is read again; a weight that is not finite keeps its NaN or Inf."""
-        from gradwatch.capture.norms import TINY, exact
-
         norms = draft.weight_norm[slots]
         with np.errstate(invalid="ignore"):
             doubtful = np.flatnonzero(np.isinf(norms) | ((norms > 0) & (norms < TINY)))

@@ -95,13 +95,11 @@ class Incidents:
         """Everything, as plain Python objects and alerts."""
         return {
             "incidents": [(incident.alert, incident.persistence, incident.record) for incident in self._incidents],
-            "off": sorted(self._off),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`. A rule that was switched off gets another chance: it may be another one now."""
         self._incidents = [_Incident(*incident) for incident in state["incidents"]]
-        self._off = set(state["off"])
 
     # -- findings ------------------------------------------------------------------------------------------------------------------
 

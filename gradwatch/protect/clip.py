@@ -63,7 +63,6 @@ class Actor:
         names: Sequence[str],
         norms: NDArray[np.float64],
         factor: float,
-        touched: bool,
         found_inf: bool,
     ) -> float | None:
         """Act.
@@ -73,9 +72,8 @@ class Actor:
             step: number of the record.
             params: what it is about to step, with gradients.
             names: their names.
-            norms: float64, 2-norms of their gradients, unless `touched`.
+            norms: float64, 2-norms of their gradients.
             factor: a loss scale that is still on the gradients, 1.0 for none.
-            touched: the gradients have been changed since `norms` were read.
             found_inf: a GradScaler decides about this step on the device.
 
         Returns:
@@ -90,19 +88,29 @@ class Actor:
         if self._clip is None or not finite:
             return 1.0  # a NaN or an Inf never multiplies anything
         if callable(self._clip):
+            if factor != 1.0:
+                _unscale(optimizer, params, factor)
             self._clip(params)
             return None
-        total = float(np.sqrt(np.sum(norms**2)))
-        if touched:
-            total = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
-        return _clip_norm(params, total, float(self._clip) * factor)
+        return _clip_norm(params, math.sqrt(float(norms.dot(norms))), float(self._clip) * factor)
 
 
 def _clip_norm(params: Sequence[Tensor], total: float, max_norm: float) -> float:
     if not math.isfinite(total) or total <= max_norm:
         return 1.0  # torch multiplies by 1 here: a pass over all gradients that changes nothing
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(total, dtype=torch.float32, device="cpu"))
+    # In float32 as torch does it, unless the total does not fit there.
+    dtype = torch.float32 if total < 1e30 else torch.float64
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(total, dtype=dtype, device="cpu"))
     return max_norm / (total + 1e-6)
+
+
+def _unscale(optimizer: Optimizer, params: Sequence[Tensor], factor: float) -> None:
+    """Divide out the loss scale that a fused optimizer would have divided out itself, as `GradScaler.unscale_` does it."""
+    with torch.no_grad():
+        for p in params:
+            if p.grad is not None:
+                p.grad.mul_(1.0 / factor)
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
 def _error(optimizer: str, step: int, names: Sequence[str], norms: NDArray[np.float64]) -> NonFiniteGradientError:

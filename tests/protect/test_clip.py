@@ -32,7 +32,6 @@ def act(actor: Actor, params: Sequence[Tensor], **given: Any) -> float | None:
         "names": [f"p{i}" for i in range(len(params))],
         "norms": norms,
         "factor": 1.0,
-        "touched": False,
         "found_inf": False,
     }
     return actor(**(known | given))
@@ -78,20 +77,12 @@ def test_below_the_bound_no_bit_is_touched(max_norm: float) -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("clip", [1e-3, functools.partial(clip_grad_norm_, max_norm=1e-3)], ids=["float", "callable"])
-@pytest.mark.parametrize("touched", [False, True], ids=["as-read", "touched"])
-def test_a_norm_that_is_not_finite_never_multiplies_anything(bad: float, clip: Any, touched: bool) -> None:
+def test_a_norm_that_is_not_finite_never_multiplies_anything(bad: float, clip: Any) -> None:
     params = with_gradients(torch.tensor([3.0, 4.0]), torch.tensor([1.0, bad]))
-    assert act(Actor(clip, "warn"), params, touched=touched) == 1.0
+    assert act(Actor(clip, "warn"), params) == 1.0
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [3.0, 4.0]
     np.testing.assert_equal(params[1].grad.tolist(), [1.0, bad])  # type: ignore[union-attr]
-
-
-def test_a_gradient_that_became_bad_after_it_was_read_multiplies_nothing() -> None:
-    params = with_gradients(torch.tensor([3.0, 4.0]), torch.tensor([1.0, NAN]))
-    assert act(Actor(1e-3, "warn"), params, norms=np.array([5.0, 1.0]), touched=True) == 1.0
-    assert params[0].grad is not None
-    assert params[0].grad.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -99,28 +90,6 @@ def test_finite_gradients_whose_norm_overflows_are_clipped_to_the_bound_not_to_z
     params = with_gradients(torch.full((100,), 3e38, dtype=dtype))
     act(Actor(2.0, "warn"), params)
     assert float(torch.linalg.vector_norm(params[0].grad.double())) == pytest.approx(2.0, rel=1e-4)  # type: ignore[union-attr]
-
-
-def test_touched_gradients_are_read_again() -> None:
-    params = with_gradients(torch.tensor([0.3, 0.4]))
-    assert act(Actor(1.0, "warn"), params, norms=np.array([500.0]), touched=True) == 1.0
-    assert act(Actor(0.25, "warn"), params, norms=np.array([500.0]), touched=True) == pytest.approx(0.5, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["sparse", "mixed", "complex", "with-graph"])
-def test_touched_gradients_of_every_kind_are_read_again(kind: str) -> None:
-    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([1.5, 1.5]), (4,), check_invariants=True)
-    gradients: dict[str, list[Tensor]] = {
-        "sparse": [sparse, torch.tensor([4.0])],
-        "mixed": [torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0], dtype=torch.bfloat16)],
-        "complex": [torch.tensor([3 + 4j])],
-        "with-graph": [torch.tensor([3.0, 4.0], requires_grad=True) * 1],
-    }
-    params = [nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for g in gradients[kind]]
-    for p, g in zip(params, gradients[kind], strict=True):
-        p.grad = g
-    norms = np.full(len(params), 99.0)
-    assert act(Actor(1.0, "warn"), params, norms=norms, touched=True) == pytest.approx(0.2, rel=1e-4)
 
 
 def test_a_loss_scale_that_is_still_on_the_gradients_counts() -> None:
