@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import math
 import os
 import threading
 import traceback
@@ -135,12 +137,11 @@ class Scout:
         if watch is None:
             return None
         # The tape went round its listeners before this one came: it would miss the step that it was attached for.
-        with_closure = any(callable(one) for one in (*args[1:], *kwargs.values()))
         if private.in_backward():
             watch.on_backward_begin()
             self._midway.append(watch)
-        elif not with_closure:
-            self._loss.tell(watch)
+        elif not any(callable(one) for one in (*args[1:], *kwargs.values())):
+            self._loss.tell(watch)  # of a closure's backward it hears itself
         if getattr(optimizer, "grad_scale", None) is not None and self._loss.scaler is not None:
             watch.on_scale(self._loss.scaler)  # a fused optimizer unscales inside its step
         return watch.on_pre_step(optimizer, args, kwargs)
@@ -176,26 +177,35 @@ class Scout:
         self._left_to_the_script |= bool(params.keys() & others)
         watched = set(others)
         for entry in self._watched:
-            if entry.watch is not None and entry.optimizers and (mine := entry.holds()) & params.keys():
-                self._heed(entry, optimizer)
+            if entry.watch is not None and entry.optimizers:
+                mine = entry.holds()
                 watched |= mine
+                if mine & params.keys():
+                    self._heed(entry, optimizer)
         wanted = [p for key, p in params.items() if key not in watched]
         if not wanted:
             return None
-        models, alone = outermost(wanted, owned=params.keys(), watched=watched, in_backward=private.in_backward())
+        models, optimizers = outermost(wanted, owned=params.keys(), watched=watched, in_backward=private.in_backward())
         if not models:
             self._strays.append(type(optimizer).__name__)
             return None
         try:
-            entry = self._entry(models, alone and not self._watched)
+            entry = self._entry(models, optimizers)
         except (TypeError, ValueError, RuntimeError) as refused:
             self._failures.append(f"{words.WARNING} gradwatch: this model is not watched. {refused}")
             return None
         self._heed(entry, optimizer)
+        if entry.watch is not None and entry.watch._recorder is not None:
+            # Those of other parts of the model may step right after this one, in the same update.
+            for other in optimizers:
+                if other is not optimizer:
+                    entry.watch._recorder.know(other)
         return entry.watch
 
-    def _entry(self, models: list[nn.Module], alone: bool) -> _Watched:
+    def _entry(self, models: list[nn.Module], optimizers: list[Optimizer]) -> _Watched:
         """The watch on these models, attached: one that was on them before goes on where it stopped.
+
+        A model that is the only one that any of the optimizers holds is called nothing, as in `GradWatch(model)`; else it has a key.
 
         Raises:
             TypeError, ValueError, RuntimeError: a model that `GradWatch` does not take.
@@ -204,8 +214,12 @@ class Scout:
             if entry.watch is not None and not entry.optimizers and [ref() for ref in entry.models] == models:
                 entry.watch.attach()
                 return entry
-            if entry.watch is not None and not any(ref() for ref in entry.models):
+            if entry.watch is not None and all(ref() is None for ref in entry.models):
                 self._close(entry)
+        held = {id(p) for model in models for p in model.parameters()}
+        alone = not self._watched and all(
+            id(p) in held for one in optimizers for group in one.param_groups for p in group["params"]
+        )
         named = dict(zip(_unique([name_of(model) for model in models], self._watched), models, strict=True))
         watch = GradWatch(
             models[0] if alone and len(models) == 1 else named,
@@ -305,7 +319,10 @@ def _unique(names: list[str], watched: Sequence[_Watched]) -> list[str]:
 
 
 class _LossSeen:
-    """The loss of the update at hand, as the roots of its backward passes tell it; for a watch that comes after them."""
+    """The loss of the update at hand, as the roots of its backward passes tell it; for a watch that comes after them.
+
+    Where the roots do not add up (they lie on two devices), it is not known.
+    """
 
     def __init__(self) -> None:
         self.scaler: Any = None
@@ -317,16 +334,23 @@ class _LossSeen:
 
     def begin(self) -> None:
         """A backward starts: does it belong to the same update as the last one?"""
-        if self._over or self._cleared():
-            self._sum, self._terms, self._over, self._leaf = None, 0, False, None
+        with contextlib.suppress(Exception):
+            if self._over or self._cleared():
+                self._sum, self._terms, self._over, self._leaf = None, 0, False, None
 
     def end(self, roots: Sequence[Any], scalar: bool) -> None:
         """A backward has returned."""
+        try:
+            self._add(roots if scalar else ())
+        except Exception:
+            self._sum, self._terms = None, 0
+
+    def _add(self, roots: Sequence[Any]) -> None:
         if not self._ever_stepped and self._leaf is None and roots:
             leaf = _a_leaf(roots[0])
             self._leaf = None if leaf is None else weakref.ref(leaf)
         scale = None if self.scaler is None else private.scale_of(self.scaler)
-        for root in roots if scalar else ():
+        for root in roots:
             value = root.detach() if scale is None else root.detach() / scale
             self._sum = value if self._sum is None else self._sum + value
             self._terms += 1
@@ -337,8 +361,10 @@ class _LossSeen:
 
     def tell(self, watch: GradWatch) -> None:
         """Tell it to a watch: once for each of its terms, for a record keeps their number too, and of what it is told the mean."""
-        for _ in range(self._terms):
-            watch.loss(self._sum)
+        with contextlib.suppress(Exception):
+            value = float(self._sum) if self._sum is not None else math.nan
+            for _ in range(self._terms):
+                watch.loss(value)
 
     def _cleared(self) -> bool:
         """The gradients were cleared and nobody stepped, as a GradScaler does when it searches its scale.

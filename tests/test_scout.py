@@ -138,6 +138,17 @@ def inside_backward(model: Net) -> None:
         loss.backward()
 
 
+def two_optimizers(model: Net) -> None:
+    body = torch.optim.SGD(model.body.parameters(), lr=0.1)
+    head = torch.optim.AdamW(model.head.parameters())
+    for _, loss in zip(range(4), losses(model), strict=False):
+        body.zero_grad()
+        head.zero_grad()
+        loss.backward()
+        body.step()
+        head.step()
+
+
 LOOPS = (
     plain,
     accumulation,
@@ -147,6 +158,7 @@ LOOPS = (
     first_updates_left_out,
     closure,
     inside_backward,
+    two_optimizers,
 )
 
 
@@ -195,6 +207,40 @@ def test_a_later_model_gets_a_watch_of_its_own_under_its_name() -> None:
     assert [watch.history.parameters[0] for watch in watches] == ["Net.body.0.weight", "Net_2.body.0.weight"]
     told = out.getvalue().splitlines()
     assert [line.split(":")[0] for line in told] == ["✓ gradwatch, Net", "✓ gradwatch, Net_2"]
+
+
+def test_the_second_half_of_a_container_joins_alone() -> None:
+    class Gan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.discriminator = nn.Linear(4, 4), Net()
+
+    with scouted() as (scout, _):
+        gan = Gan()
+        of_d = torch.optim.SGD(gan.discriminator.parameters(), lr=0.1)
+        of_g = torch.optim.SGD(gan.generator.parameters(), lr=0.1)
+        for _ in range(3):
+            step(of_d, lambda x: gan.discriminator(gan.generator(x).detach()))
+            step(of_g, lambda x: gan.discriminator(gan.generator(x)))
+        assert [len(watch.history.parameters) for watch in scout.watches] == [4, 2]
+        assert [watch.history.recorded for watch in scout.watches] == [3, 3]
+        for watch in scout.watches:
+            assert watch.history.stat("loss_terms").tolist() == [1, 1, 1]
+
+
+def test_a_loss_that_cannot_be_added_up_is_not_known_and_does_not_stop_the_training() -> None:
+    with scouted() as (scout, _):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        next(losses(model)).backward()
+        here, nowhere = next(losses(model)), torch.zeros((), device="meta", requires_grad=True) * 2
+        nowhere.backward()
+        here.backward()
+        optimizer.step()
+        step(optimizer, model)
+        (watch,) = scout.watches
+        assert np.isfinite(watch.history.stat("total_norm")).all()
+        assert np.isfinite(watch.history.stat("loss")[1])
 
 
 def test_one_optimizer_of_several_models_gives_one_watch() -> None:
