@@ -147,15 +147,18 @@ History(model)  # error: arg-type
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def checked(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, list[str]]:
     """What a strict mypy says about both files, by file."""
     folder = tmp_path_factory.mktemp("typing")
+    # Reading torch takes most of the time: it is read once, as long as pytest keeps a cache.
+    kept = getattr(pytestconfig, "cache", None)
+    cache = kept.mkdir("mypy") if kept is not None else folder / "cache"
     (folder / "right.py").write_text(RIGHT, encoding="utf-8")
     (folder / "wrong.py").write_text(WRONG, encoding="utf-8")
     root = Path(gradwatch.__file__).parent.parent
     command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.11", "--no-error-summary", "--show-error-codes"]
     # What torch's own files say is not asked; they need not be read whole for that.
-    command += ["--no-incremental", "--config-file", "", "--follow-imports", "silent", "right.py", "wrong.py"]
+    command += ["--cache-dir", str(cache), "--config-file", "", "--follow-imports", "silent", "right.py", "wrong.py"]
     result = subprocess.run(
         command, cwd=folder, env={"MYPYPATH": str(root), "PATH": ""}, capture_output=True, text=True, check=False
     )

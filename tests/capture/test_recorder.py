@@ -188,7 +188,7 @@ STEPS = [
 """What happens often in a loop."""
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(STEPS), st.sampled_from(ACTIONS)), max_size=30), st.integers(1, 4))
 def test_any_loop_is_recorded_without_gaps_and_without_harm(
     actions: list[tuple[Callable[[Loop, str], None], str]], window: int

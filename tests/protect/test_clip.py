@@ -391,6 +391,42 @@ def test_sparse_gradients_are_clipped() -> None:
     np.testing.assert_allclose(watch.history.stat("clip_coef"), 0.25 / watch.history.stat("total_norm"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("kind", ["sparse", "several-precisions", "complex", "value-clipped"])
+def test_gradients_that_the_user_changed_are_clipped_by_their_norm_of_now(kind: str, factor: float) -> None:
+    model: nn.Module = {
+        "sparse": lambda: nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(16, 1)),
+        "several-precisions": lambda: nn.ParameterList(
+            [torch.ones(700, dtype=d) for d in (torch.float64, torch.bfloat16, torch.float32)]
+        ),
+        "complex": lambda: nn.ParameterList([torch.ones(700, dtype=torch.complex64), torch.ones(3)]),
+        "value-clipped": network,
+    }[kind]()
+    params = list(model.parameters())
+    optimizer = SGD(params, lr=0.0)
+    with GradWatch(model, clip=0.25, console=False, rules=()) as watch:
+        if kind == "sparse":
+            model(torch.tensor([[1, 3], [3, 1]])).square().sum().backward()
+        elif kind == "value-clipped":
+            model(batch(0)).square().sum().backward()
+        else:
+            sum((p.abs().double() ** 2).sum() for p in params).backward()  # type: ignore[union-attr]
+        if kind == "value-clipped":
+            clip_grad_value_(params, 0.01)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(factor)
+
+        def now() -> float:
+            dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]  # type: ignore[union-attr]
+            return math.hypot(*(float(torch.linalg.vector_norm(g.to(torch.complex128))) for g in dense))
+
+        before = now()
+        optimizer.step()
+        assert now() == pytest.approx(min(before, 0.25), rel=1e-2 if kind == "several-precisions" else 1e-4)
+    assert watch.notices == ()
+
+
 def test_gradients_cleared_before_the_step_are_not_clipped() -> None:
     model, calls = nn.Linear(4, 1), []
     optimizer = SGD(model.parameters(), lr=0.1)
