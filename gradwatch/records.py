@@ -52,6 +52,8 @@ class SkipReason(enum.IntEnum):
     """The gradients were cleared, no owner stepped, and the weights did not move."""
     SCALER = 2
     """A GradScaler found an Inf or a NaN in the gradients and left the step out."""
+    RAISED = 3
+    """`on_nonfinite="raise"` stopped the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from gradwatch.capture import private
 from gradwatch.capture.home import Home
 from gradwatch.capture.recorder import Deliberate, Recorder
 from gradwatch.capture.tape import TAPE
+from gradwatch.checkpoint import decode, encode
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules
 from gradwatch.facts import Meta
@@ -259,8 +260,8 @@ class GradWatch:
         return f"<GradWatch {state}, {updates} updates, {len(self._incidents.alerts)} incidents>"
 
     def state_dict(self) -> dict[str, Any]:
-        """History and incidents, for `torch.save` beside the model's state."""
-        return {"history": self.history.state_dict(), "incidents": self._incidents.state_dict()}
+        """History and incidents as tensors and plain containers, for `torch.save` beside the model's state."""
+        return {"history": encode(self.history.state_dict()), "incidents": encode(self._incidents.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`: steps, history and incidents continue.
@@ -269,10 +270,11 @@ class GradWatch:
             ValueError: the state was written with another layout.
         """
         present = self.history.meta
-        history = History.from_state_dict(state["history"])
-        history.set_meta(present)
+        history = History.from_state_dict(decode(state["history"]))
+        if (history.parameters, history.layers) != (self.history.parameters, self.history.layers):
+            history.set_meta(present)
         self._history = history
-        self._incidents.load_state_dict(state["incidents"])
+        self._incidents.load_state_dict(decode(state["incidents"]))
         if len(history):
             self._started = time.perf_counter() - float(history.recent("time", 1)[0])  # seconds go on
 

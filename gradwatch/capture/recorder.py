@@ -26,7 +26,7 @@ from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
-from gradwatch.records import GradState, Sampling, SkipReason
+from gradwatch.records import GradState, NonFiniteGradientError, Sampling, SkipReason
 
 _HAND_SCALE_AFTER = 3
 """Updates running with the same exact power of two on all probes after which it is taken for a loss scale by hand."""
@@ -71,6 +71,7 @@ class Draft:
     told: list[float] = field(default_factory=list)
     scale: float = 1.0
     by_scaler: bool = False
+    raised: bool = False
     clip_coef: float = 1.0
     in_pre: set[int] = field(default_factory=set)
     noted: set[int] = field(default_factory=set)
@@ -297,6 +298,7 @@ class Recorder:
         if act is Pre.READ:
             read = [slot for slot in record.reached if self._draft is None or slot not in self._draft.in_pre]
             self._read(read)
+            self._find_owners()
             if self._draft is not None:
                 self._draft.in_pre.update(read)
                 self._take_scale(self._draft)
@@ -375,6 +377,7 @@ class Recorder:
                 found_inf=getattr(optimizer, "found_inf", None) is not None,
             )
         except Exception as error:
+            draft.raised = isinstance(error, NonFiniteGradientError)
             raise Deliberate(error) from error
         if coef is None:
             after = self.gradients.scaled_since(probes.slots)
@@ -459,7 +462,7 @@ class Recorder:
 
     def exit(self) -> None:
         """The block is left."""
-        outcome = self.clock.exit(self._moved, self._left_out_by_scaler)
+        outcome = self.clock.exit(self._moved, self._left_out)
         if outcome is not None:
             self._finish(outcome)
         self.drain()
@@ -647,11 +650,11 @@ class Recorder:
             return any(private.version(self.table.params[slot]) != version for slot, version in self._versions)
         return self.weights.moved(sorted(record.reached))
 
-    def _left_out_by_scaler(self) -> bool:
-        """Under a GradScaler gradients that are not finite are never stepped: the update is over, though nothing followed it."""
+    def _left_out(self) -> bool:
+        """Gradients that are not finite are never stepped by a GradScaler, nor after an error: the update is over, though nothing followed."""
         draft = self._draft
         if draft is None or not draft.by_scaler:
-            return False
+            return draft is not None and draft.raised
         self._await()
         return not np.isfinite(draft.norm[draft.state > 0]).all()
 
@@ -762,12 +765,14 @@ class Recorder:
                 row["loss"], row["loss_terms"] = np.mean(draft.told), len(draft.told)
             else:
                 row["loss"], row["loss_terms"] = draft.loss / scale if draft.terms else np.nan, draft.terms
+            if draft.by_scaler and math.isinf(row["loss"]):
+                row["loss"], row["loss_terms"] = np.nan, 0  # the scaled loss overflowed: what it was is not known
             row["total_norm"] = total
         skipped = outcome in (Outcome.SKIPPED, Outcome.FOUND_INF)
         reason = SkipReason.NONE
         if skipped:
             by_scaler = outcome is Outcome.FOUND_INF or (draft.by_scaler and not np.isfinite(total))
-            reason = SkipReason.SCALER if by_scaler else SkipReason.NO_STEP
+            reason = SkipReason.RAISED if draft.raised else SkipReason.SCALER if by_scaler else SkipReason.NO_STEP
         row["clip_coef"] = draft.clip_coef
         row["skipped"], row["skip_reason"] = skipped, reason
         row["loss_scale"] = scale

@@ -157,7 +157,8 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
     b, meta = history.baselines, history.meta
     orphans = (b.orphan >= ORPHANED) & ~meta.owned & meta.trainable
     if orphans.any():
-        since = np.where(b.orphan >= b.reached, 0, b.last_reached - b.orphan + 1)[orphans]
+        since = (b.last_reached - b.orphan + 1)[orphans]
+        since[since <= 1] = 0  # in the first record nobody may have been known to step yet
         records = int(b.orphan[orphans].max())
         yield Finding(
             "not_in_optimizer",

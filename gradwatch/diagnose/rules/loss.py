@@ -34,7 +34,7 @@ def progress(history: History) -> Progress:
     if len(b.first_losses) < WINDOW or len(recent) < WINDOW // 2:
         return Progress.UNKNOWN
     first, last = float(np.median(b.first_losses)), float(np.median(recent))
-    if first <= 0 or last <= 0:
+    if first <= 0 or last < 0:
         return Progress.UNKNOWN
     if last < LOW * first:
         return Progress.LOW

@@ -11,10 +11,6 @@ from gradwatch.diagnose.rules.rule import persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity, SkipReason
 
-SCALED = 3
-"""Records in a row with a non-finite loss, skipped by a GradScaler, that are no overflow of the scaled part: the scale does not act on
-the forward pass, but a scaler is there to forgive a bad batch."""
-
 
 @persistent(5)
 def non_finite_weight(history: History) -> Iterator[Finding]:
@@ -48,17 +44,12 @@ def non_finite_weight(history: History) -> Iterator[Finding]:
 def non_finite_loss(history: History) -> Iterator[Finding]:
     """The loss is NaN or Inf in a record in which it was seen.
 
-    At once, but from the third record in a row where a GradScaler skips them.
+    At once, under a GradScaler too: a loss that only its scale makes overflow is recorded as one that was not seen.
     """
-    losses = history.recent("loss", SCALED).astype(np.float64)
-    if not losses.size or np.isfinite(losses[-1]):
-        return
-    bad = ~np.isfinite(losses) & (history.recent("loss_terms", SCALED) > 0)
-    if not bad[-1]:
+    losses = history.recent("loss", 1).astype(np.float64)
+    if not losses.size or np.isfinite(losses[-1]) or not history.recent("loss_terms", 1)[0] > 0:
         return
     b = history.baselines
-    if history.recent("skip_reason", 1)[0] == SkipReason.SCALER and not (len(bad) == SCALED and bad.all()):
-        return
     value = "Inf" if np.isinf(losses[-1]) else "NaN"
     before = [x for x in b.losses if np.isfinite(x)]
     yield Finding(
