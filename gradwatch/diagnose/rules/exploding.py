@@ -48,6 +48,9 @@ MANY = 4000
 
 TURNS = 4
 
+ALWAYS, TURNS_LATER = 16, 3
+"""Records up to which every one is looked at closely, and one in how many later: `LASTING` and the wait for a turn make 10."""
+
 LASTING = 8
 """Of the last 10 observations, how many in a row must show it, up to the last."""
 
@@ -155,7 +158,8 @@ def _across_depth(history: History) -> Finding | None:
     # A cheap look first: in most updates of most runs there is nothing to see.
     if not poisoned and not _may_grow(history, layout, now):
         return None
-    if len(layout.columns) > MANY and history.recorded % TURNS != 3 and not (poisoned or history.ended):
+    turns = TURNS if len(layout.columns) > MANY else TURNS_LATER if history.recorded > ALWAYS else 1
+    if history.recorded % turns != turns - 1 and not (poisoned or history.ended):
         return None
     known = (layout.take(b.seen) >= (1 if poisoned else 3)) & (layout.reference | layout.norm) & (np.isfinite(now) | bad)
     if known.sum() < 2:
@@ -197,9 +201,9 @@ def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Mo
     matrix = layout.matrix[places]
     strong = matrix | (layout.norm[places] & layout.scale[places])
     weight, bias = np.full((depth, count), -np.inf), np.full((depth, count), -np.inf)
+    logs = np.where(np.isnan(logs), -np.inf, logs)
     for values, mask in ((weight, strong), (bias, ~strong)):
-        for t in range(depth):
-            np.maximum.at(values[t], owner[mask], np.nan_to_num(logs[t, mask], nan=-np.inf))
+        np.maximum.at(values, (slice(None), owner[mask]), logs[:, mask])
     gain, distance = np.full(count, np.nan), np.full(count, np.inf)
     np.fmax.at(gain, owner, b.weight_norm[columns].astype(float) * layout.gain[places] / _relu_gain(history))
     np.minimum.at(distance, owner, np.nan_to_num(layout.distance[places], nan=np.inf))

@@ -30,8 +30,9 @@ TINY = 0.2
 the loss does not improve. PyTorch's default leaves 0.58, weights of a hundredth in a layer of 64 leave 0.08."""
 
 CLEAR = 5.5
-"""Decades from which a fall is told at update 10; below it has to be there at update 14, and not be closing. Deep GELU, SiLU and ReLU
-stacks under Adam begin at 4 to 5 and free themselves within 40 updates (measured)."""
+"""Decades from which a fall is told at update 10, as it is when `SICK` of it are lost in one place; otherwise it has to be there at
+update 14, and not be closing. Deep GELU, SiLU and ReLU stacks under Adam begin at 4 to 5, half a decade a layer, and free themselves
+within 40 updates (measured)."""
 
 PATIENCE = 14
 
@@ -237,10 +238,11 @@ def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuc
     top = np.where(layout.reference[at[rest]], logs[:, rest], -np.inf).max(axis=1)
     each = top - logs[:, start:deepest].max(axis=1) - excused
     decades = float(np.median(each[-LASTING:]))
-    if each[-LASTING:].min() < need - 0.5 or decades < need or (decades < CLEAR and view.seen < PATIENCE):
+    clear = decades >= CLEAR or _sharpest(logs[-LASTING:].mean(axis=0), found)[0] >= SICK
+    if each[-LASTING:].min() < need - 0.5 or decades < need or (not clear and view.seen < PATIENCE):
         return None
     pace = float(each[WINDOW // 2 :].mean() - each[: WINDOW // 2].mean()) / (WINDOW / 2)
-    soon = RECOVERY if decades >= CLEAR else RECOVERY_UNCLEAR
+    soon = RECOVERY if clear else RECOVERY_UNCLEAR
     if pace < 0 and float(np.median(each[-3:])) + soon * pace < min(SICK, need - 0.5):
         return None
     return replace(found, decades=decades + excused)
