@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,7 +204,8 @@ def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Mo
     weight, bias = np.full((depth, count), -np.inf), np.full((depth, count), -np.inf)
     logs = np.where(np.isnan(logs), -np.inf, logs)
     for values, mask in ((weight, strong), (bias, ~strong)):
-        np.maximum.at(values, (slice(None), owner[mask]), logs[:, mask])
+        cells: Any = (slice(None), owner[mask])  # numpy's stubs know one axis only
+        np.maximum.at(values, cells, logs[:, mask])
     gain, distance = np.full(count, np.nan), np.full(count, np.inf)
     np.fmax.at(gain, owner, b.weight_norm[columns].astype(float) * layout.gain[places] / _relu_gain(history))
     np.minimum.at(distance, owner, np.nan_to_num(layout.distance[places], nan=np.inf))
