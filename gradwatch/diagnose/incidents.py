@@ -13,7 +13,7 @@ from typing import Any
 
 from gradwatch.diagnose.advice import explain
 from gradwatch.diagnose.naming import layers_of, overlap
-from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, name_of, persistence_of
+from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding
 
@@ -105,8 +105,9 @@ class Incidents:
 
     def _run(self, history: History) -> list[tuple[Finding, int]]:
         found: list[tuple[Finding, int]] = []
+        calm = not history.ended and not any(incident.alert.state == "open" for incident in self._incidents)
         for i, rule in enumerate(self._rules):
-            if i in self._off:
+            if i in self._off or not is_due(rule, history.recorded, calm):
                 continue
             try:
                 # Whatever a user's rule yields is looked at inside the `try`, for it is theirs.

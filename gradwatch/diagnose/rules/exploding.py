@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.rules.layout import Layout, layout_of
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import ALWAYS, patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -49,9 +49,6 @@ MANY = 4000
 
 TURNS = 4
 
-ALWAYS, TURNS_LATER = 16, 3
-"""Records up to which every one is looked at closely, and one in how many later: `LASTING` and the wait for a turn make 10."""
-
 LASTING = 8
 """Of the last 10 observations, how many in a row must show it, up to the last."""
 
@@ -79,6 +76,7 @@ NULL_BIAS = 5.5
 RELUS = frozenset({"ReLU", "LeakyReLU", "GELU", "SiLU", "PReLU", "RReLU", "ReLU6", "Mish", "CELU"})
 
 
+@patient
 @persistent(WINDOW)
 def exploding_gradient(history: History) -> Iterator[Finding]:
     """The gradient grows from layer to layer on its way to the input, or from update to update without bound.
@@ -159,8 +157,8 @@ def _across_depth(history: History) -> Finding | None:
     # A cheap look first: in most updates of most runs there is nothing to see.
     if not poisoned and not _may_grow(history, layout, now):
         return None
-    turns = TURNS if len(layout.columns) > MANY else TURNS_LATER if history.recorded > ALWAYS else 1
-    if history.recorded % turns != turns - 1 and not (poisoned or history.ended):
+    turn = history.recorded % TURNS == 3 or history.recorded > ALWAYS  # then it is asked by turns anyway
+    if len(layout.columns) > MANY and not (turn or poisoned or history.ended):
         return None
     known = (layout.take(b.seen) >= (1 if poisoned else 3)) & (layout.reference | layout.norm) & (np.isfinite(now) | bad)
     if known.sum() < 2:

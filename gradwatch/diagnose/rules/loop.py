@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -67,6 +67,7 @@ def gradients_not_zeroed(history: History) -> Iterator[Finding]:
     )
 
 
+@patient
 @persistent(NO_STEPS)
 def never_stepped(history: History) -> Iterator[Finding]:
     """Backward passes are cleared or piled up, no optimizer has ever stepped, and the weights stay as they are.
@@ -96,6 +97,7 @@ def never_stepped(history: History) -> Iterator[Finding]:
     )
 
 
+@patient
 @persistent(MISSED_LATER)
 def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
@@ -145,6 +147,7 @@ def missing_gradient(history: History) -> Iterator[Finding]:
             )
 
 
+@patient
 @persistent(ORPHANED)
 def not_in_optimizer(history: History) -> Iterator[Finding]:
     """Receives gradients, but no optimizer that steps owns it.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity, SkipReason
 
@@ -20,6 +20,7 @@ ENDLESS_SKIPS = 25
 """Skips in a row that are no search at any scale: from 2**24, the largest start in common recipes, the scale is below 1."""
 
 
+@patient
 @persistent(SKIPS)
 def loss_scale_collapse(history: History) -> Iterator[Finding]:
     """A GradScaler skips update after update, or its scale has fallen below 1.

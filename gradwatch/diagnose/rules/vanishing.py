@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import ALWAYS, patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
 
@@ -74,6 +74,7 @@ MANY = 4000
 TURNS = 4
 
 
+@patient
 @persistent(WINDOW)
 def vanishing_gradient(history: History) -> Iterator[Finding]:
     """The gradient is orders of magnitude smaller before some point of the network than after it, and stays so.
@@ -96,7 +97,8 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     deep, still = _may_fall(layout, now), _may_be_stuck(history, layout)
     if not (deep or still):
         return
-    if len(layout.columns) > MANY and history.recorded % TURNS != 2 and not history.ended:
+    turn = history.recorded % TURNS == 2 or history.recorded > ALWAYS  # then it is asked by turns anyway
+    if len(layout.columns) > MANY and not (turn or history.ended):
         return
     view = _view(history, layout, now)
     if view is None:
