@@ -182,6 +182,7 @@ class Clock:
             return None
         record.in_step = False
         if owner not in record.owners:
+            self.foreign_post()  # for this record it is as good as an optimizer that owns nothing watched
             return None
         record.stepped.add(owner)
         if found_inf:

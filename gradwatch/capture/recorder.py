@@ -659,7 +659,10 @@ class Recorder:
         return not np.isfinite(draft.norm[draft.state > 0]).all()
 
     def _held(self, key: int) -> set[int]:
-        return self.gradients.held(self.owners.slots(key) if self.clock.in_backward else range(len(self.table)))
+        closed = self.clock.closed
+        # Where backward passes are seen, what another optimizer has just stepped by still lies there and is none of this one's.
+        own = self.clock.in_backward or (closed is not None and closed.backward_calls > 0)
+        return self.gradients.held(self.owners.slots(key) if own else range(len(self.table)))
 
     def _forget_broken_steps(self, own: int) -> None:
         """Steps that ended by an exception never came back; those still running stand on the stack."""

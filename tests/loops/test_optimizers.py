@@ -180,3 +180,26 @@ def test_an_optimizer_left_out_makes_its_parameters_foreign() -> None:
             backward(reference, mse(model(tokens), (tokens.float().mean(1, keepdim=True) - 25) / 10))
             step(reference, *((dense, sparse) if i % 2 else (dense,)))
     agree(watch, reference, records=20)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["stepped last", "stepped first"])
+def test_an_optimizer_whose_part_gets_nothing_makes_no_record_of_its_own(last: bool) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.encoder(x).tanh().detach())
+            return out
+
+    model = Cut()
+    encoder, head = torch.optim.SGD(model.encoder.parameters(), lr=0.1), torch.optim.SGD(model.head.parameters(), lr=0.1)
+    with GradWatch(model, console=False) as watch:
+        for _, x, y in batches(30):
+            model.zero_grad()
+            mse(model(x), y).backward()
+            for optimizer in (head, encoder) if last else (encoder, head):
+                optimizer.step()
+    assert watch.history.recorded == 30
+    said(watch, "missing_gradient", step=0, layers=("encoder",))
