@@ -92,7 +92,8 @@ def _diverged(history: History) -> tuple[str, str] | None:
     losses = b.losses[np.isfinite(b.losses)]
     if len(losses) < 2 or not b.first_losses.size:
         return None
-    first, last = float(np.median(b.first_losses[:2])), float(losses[-1])
+    # The very first one: the second may be that of a run that is diverging already.
+    first, last = float(b.first_losses[0]), float(losses[-1])
     if not abs(last) > 100 * abs(first):
         return None
     return (
@@ -136,7 +137,8 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
             f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e.get('sharpest_drop', 0.0))}.",
             "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",
         )
-    if weak >= 3:
+    # Gates, one to a block, are sigmoids too, and are not what the gradient passes on its way.
+    if weak >= 3 and weak >= 0.5 * e.get("layers_in_all", weak):
         which = "sigmoid" if names["Sigmoid"] >= weak else "sigmoid-like activation"
         return (
             f"{weak} {which}s in a row: each passes on at most a quarter of the gradient.",
