@@ -113,6 +113,8 @@ def describe(
     owners: Mapping[int, str],
     order: Mapping[int, int],
     distance: Mapping[int, int],
+    inputs: Iterable[int] = (),
+    heads: Iterable[int] = (),
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     outside: tuple[tuple[int, ...], ...] = (),
@@ -128,6 +130,8 @@ def describe(
         owners: slot -> name of the optimizer that owns it.
         order: slot -> sequence number in the graph; turned into ranks.
         distance: slot -> nodes between the loss and it.
+        inputs: slots that begin a branch of the graph; where none is known, the first in order.
+        heads: slots that end one; where none is known, the last in order.
         include: patterns of module names that are spoken of; empty: all.
         exclude: patterns of module names that are not.
         outside: shapes of the graph's leaves that no model and no optimizer holds.
@@ -158,12 +162,13 @@ def describe(
                 in_scope=in_scope(layer, include, exclude),
             )
         )
-    last = max(layer_order, key=lambda name: layer_order[name], default=None)
-    first = min(layer_order, key=lambda name: layer_order[name], default=None)
+    in_order = sorted(layer_order, key=lambda name: layer_order[name])
+    begin = {table.layers[slot] for slot in inputs} or set(in_order[:1])
+    end = {table.layers[slot] for slot in heads} or set(in_order[-1:])
     layers = []
     for name, module in table.modules.items():
         kind = kind_of(module)
-        role = "" if name not in layer_order else "head" if name == last else "input" if name == first else "hidden"
+        role = "" if name not in layer_order else "head" if name in end else "input" if name in begin else "hidden"
         layers.append(
             LayerFact(
                 name=name,

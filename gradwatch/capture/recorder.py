@@ -22,6 +22,7 @@ from gradwatch.capture.graph import find_unregistered, walk
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable, dense, on_host
+from gradwatch.capture.roles import Roles, roles
 from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
@@ -192,6 +193,7 @@ class Recorder:
         self.weights = WeightSample(self.table.params)
         self._initial = InitialFacts()
         self._order: dict[int, int] = {}
+        self._roles = Roles()
         self._distance: dict[int, int] = {}
         self._walked: set[int] = set()
         self._walked_all = False
@@ -830,7 +832,10 @@ class Recorder:
         self._walk(roots)
 
     def _walk(self, roots: Iterable[Any]) -> None:
-        facts = walk(roots, self.table.slot_of)
+        roots = list(roots)
+        facts, place = walk(roots, self.table.slot_of), roles(roots, self.table.slot_of)
+        self._roles.inputs |= place.inputs
+        self._roles.heads |= place.heads
         self._order.update({slot: number for slot, number in facts.order.items() if slot not in self._order})
         self._distance.update({slot: depth for slot, depth in facts.distance.items() if slot not in self._distance})
         self._opaque |= facts.opaque
@@ -874,6 +879,8 @@ class Recorder:
                 owners=names,
                 order=self._order,
                 distance=self._distance,
+                inputs=self._roles.inputs,
+                heads=self._roles.heads,
                 include=self._sampling.include,
                 exclude=self._sampling.exclude,
                 outside=self._outside_facts[0],
