@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console, ConsoleOptions, RenderResult
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import options
@@ -90,7 +90,7 @@ class GradWatch:
         console: bool | Console = True,
         sampling: Sampling = _SAMPLING,
     ) -> None:
-        self._attached = False
+        self._attached = self._failed = False
         models = options.models(model)
         self._sampling = options.sampling(sampling, models)
         self._optimizers = options.optimizers(optimizer)
@@ -141,7 +141,7 @@ class GradWatch:
             raise RuntimeError("the model of this GradWatch no longer exists; make a new GradWatch for the new model")
         self._check_actors(models)
         recorder = self._new_recorder(models)
-        self._home = Home()
+        self._home, self._failed = Home(), False
         self._entered = time.perf_counter()
         try:
             self._models, self._recorder, self._attached = models, recorder, True
@@ -157,6 +157,12 @@ class GradWatch:
     def detach(self) -> None:
         """Stop watching: close what is open, take out every hook, print the verdict. Does nothing if it is not attached."""
         if not self._attached:
+            if self._failed and self._console is not None:
+                self._failed = False
+                lines = [
+                    f"! gradwatch: the watch failed after {self._recorded()} updates and switched itself off; see watch.notices"
+                ]
+                self._safely(partial(self._console.print_lines, lines), "the console")
             return
         self._stop(self._finish)
         if self._console is not None:
@@ -207,9 +213,20 @@ class GradWatch:
             value: a number or a 0-d tensor. Told several times in one update, their mean is recorded.
 
         Raises:
+            TypeError: no real number.
             RuntimeError: the watch is not attached.
         """
-        self._attached_recorder("loss").told(value)
+        recorder = self._attached_recorder("loss")
+        told = value.detach() if isinstance(value, Tensor) else value
+        if not (
+            told.numel() == 1 and not told.is_complex() if isinstance(told, Tensor) else isinstance(told, (int, float, np.number))
+        ):
+            what = f"a tensor of shape {tuple(told.shape)}" if isinstance(told, Tensor) else f"{told!r} ({type(told).__name__})"
+            raise TypeError(
+                f"GradWatch.loss(...): got {what}; it needs a real number or a tensor with one element, such as loss.mean()"
+            )
+        if recorder is not None:
+            recorder.told(told)
         return value
 
     def step(self) -> None:
@@ -267,10 +284,19 @@ class GradWatch:
         """Go on from `state_dict`: steps, history and incidents continue.
 
         Raises:
-            ValueError: the state was written with another layout.
+            ValueError: this is no state of a watch, or it was written with another layout or for another model.
         """
+        if not isinstance(state, Mapping) or not isinstance(state.get("history"), Mapping) or "incidents" not in state:
+            raise ValueError(
+                f"GradWatch.load_state_dict(...): got {type(state).__name__}; it needs what GradWatch.state_dict() returned"
+            )
         present = self.history.meta
         history = History.from_state_dict(decode(state["history"]))
+        if not set(history.parameters) & set(self.history.parameters):
+            raise ValueError(
+                f"GradWatch.load_state_dict(...): the state is of another model: it knows {', '.join(history.parameters[:3])}, ..., and none "
+                f"of {', '.join(self.history.parameters[:3])}, ..."
+            )
         if (history.parameters, history.layers) != (self.history.parameters, self.history.layers):
             history.set_meta(present)
         self._history = history
@@ -281,7 +307,10 @@ class GradWatch:
     # -- what the loop does (called by the tape) -----------------------------------------------------------------------------------
 
     def concerns(self, roots: Sequence[Any]) -> bool:
-        return self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots, self._home.here()))))
+        takes = self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots, self._home.here()))))
+        if not takes and self._home.here():
+            self._guard(lambda recorder: recorder.forget_scale())
+        return takes
 
     def lives_here(self) -> bool:
         recorder = self._recorder
@@ -318,7 +347,8 @@ class GradWatch:
             self._guard(lambda recorder: recorder.post_step(optimizer))
 
     def on_fork(self) -> None:
-        self._attached = False
+        self._attached, self._failed = False, True
+        self._console = None
         self._recorder = None
 
     def _heeds(self, optimizer: Optimizer) -> bool:
@@ -437,6 +467,7 @@ class GradWatch:
         except Deliberate as asked:
             raise asked.error from None
         except Exception:
+            self._failed = True
             self._notice(f"the watch failed and has switched itself off; please report this:\n{traceback.format_exc()}")
             self._stop()
             return None
@@ -459,8 +490,9 @@ class GradWatch:
             self._notices.append(text)
         logger.warning("%s", text)
 
-    def _attached_recorder(self, name: str) -> Recorder:
-        if self._recorder is None:
+    def _attached_recorder(self, name: str) -> Recorder | None:
+        """The recorder; None once the watch has switched itself off, which is no reason to end the training."""
+        if self._recorder is None and not self._failed:
             raise RuntimeError(
                 f"GradWatch.{name}() was called on a watch that is not attached; call it inside `with GradWatch(...)`"
             )

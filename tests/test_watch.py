@@ -524,3 +524,103 @@ def test_a_step_that_was_stopped_is_no_healthy_run(capsys: pytest.CaptureFixture
     assert watch.history.stat("skip_reason")[-1] == SkipReason.RAISED
     assert [alert.rule for alert in watch.alerts if alert.severity >= 40]
     assert "healthy" not in capsys.readouterr().err
+
+
+def test_another_models_scaler_scales_nothing_here() -> None:
+    watched, other = network(), network()
+    mine, theirs = SGD(watched.parameters(), lr=0.01), SGD(other.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    x = torch.randn(8, 4) if watched[0].in_features == 4 else torch.randn(8, watched[0].in_features)
+    with quiet(watched, rules=()) as watch:
+        for _ in range(5):
+            theirs.zero_grad()
+            scaler.scale(other(x).square().mean()).backward()
+            scaler.step(theirs)
+            scaler.update()
+            mine.zero_grad()
+            loss = watched(x).square().mean()
+            loss.backward()
+            mine.step()
+    assert watch.history.stat("loss_scale").tolist() == [1.0] * 5
+    assert watch.history.stat("loss")[-1] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_a_watch_that_failed_neither_ends_the_loop_nor_keeps_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    x = torch.randn(8, model[0].in_features)
+    with GradWatch(model, rules=()) as watch:
+        watch._recorder.gradients.read = None  # type: ignore[union-attr, method-assign, assignment]
+        for _ in range(4):
+            optimizer.zero_grad()
+            watch.loss(model(x).square().mean()).backward()
+            optimizer.step()
+            watch.step()
+    assert len(watch.notices) == 1
+    assert "switched itself off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value", [None, "1.0", [1.0], torch.ones(2), torch.tensor(1j)], ids=["none", "str", "list", "two", "complex"]
+)
+def test_a_loss_that_is_no_number_is_the_callers_error(value: Any) -> None:
+    with quiet(network()) as watch:
+        with pytest.raises(TypeError, match="real number"):
+            watch.loss(value)
+        assert watch.notices == ()
+
+
+def test_acting_is_refused_where_no_optimizer_steps() -> None:
+    model = network()
+    x = torch.randn(8, model[0].in_features)
+
+    def train() -> None:
+        with quiet(model, clip=1.0):
+            for _ in range(3):
+                model(x).square().mean().backward()
+                with torch.no_grad():
+                    for p in model.parameters():
+                        assert p.grad is not None
+                        p -= 0.01 * p.grad
+                        p.grad = None
+
+    with pytest.raises(RuntimeError, match="without a torch optimizer"):
+        train()
+
+
+@pytest.mark.parametrize("state", [{}, {"history": 1, "incidents": {}}, None], ids=["empty", "number", "none"])
+def test_what_is_no_state_is_refused_with_a_reason(state: Any) -> None:
+    with pytest.raises(ValueError, match="state_dict"):
+        quiet(network()).load_state_dict(state)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="another model"):
+        quiet(nn.Sequential(nn.ReLU(), nn.Bilinear(2, 2, 2), nn.PReLU())).load_state_dict(quiet(nn.LSTM(2, 2)).state_dict())
+
+
+def test_weights_replaced_under_the_optimizer_are_told() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    x = torch.randn(8, model[0].in_features)
+    with quiet(model) as watch:
+        for i in range(90):
+            if i == 10:
+                model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert [(alert.rule, alert.step) for alert in watch.alerts if alert.severity >= 30] == [("never_stepped", 10)]
+
+
+def test_a_new_optimizer_at_every_update_leaves_nothing_behind() -> None:
+    model = network()
+    x = torch.randn(8, model[0].in_features)
+    with quiet(model, rules=()) as watch:
+        for _ in range(20):
+            optimizer = SGD(model.parameters(), lr=0.01)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert watch._recorder is not None
+        assert len(watch._recorder.owners._known) <= 2

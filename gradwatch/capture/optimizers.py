@@ -66,9 +66,10 @@ class Owners:
         if key is None:
             if not slots:
                 return None, False
-            key = len(self._known)
+            key = self._successor_of(slots)
             self._key_of[optimizer] = key
-            self._known.append(_Known(optimizer, f"{type(optimizer).__name__}#{key}"))
+            known = _Known(optimizer, f"{type(optimizer).__name__}#{key}")
+            self._known[key : key + 1] = [known]
         known = self._known[key]
         for slot in known.slots:
             if self.owner_of.get(slot) == key:
@@ -85,6 +86,14 @@ class Owners:
         self.owners = np.full(len(self._table), -1, np.int64)
         self.owners[list(self.owner_of)] = list(self.owner_of.values())
         return (key if slots else None), True
+
+    def _successor_of(self, slots: list[int]) -> int:
+        """The key of an optimizer that is gone and owned the same, for loops that make a new one now and then; else a new key."""
+        wanted = frozenset(slots)
+        for key, known in enumerate(self._known):
+            if known.slot_set == wanted and known.ref() is None:
+                return key
+        return len(self._known)
 
     def refresh(self) -> None:
         """The table was scanned again: slots may have come."""

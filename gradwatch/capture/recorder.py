@@ -152,6 +152,12 @@ _INSIDE_BACKWARD = (
 )
 
 
+_BY_HAND = (
+    "gradwatch was asked to act on gradients before the step, but the weights were changed without a torch optimizer, so that there is no "
+    "moment before it. Clip in your own loop, or watch without clip= and with on_nonfinite='warn'."
+)
+
+
 class Recorder:
     """Turns the events of a loop into rows.
 
@@ -243,6 +249,8 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
+        if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
+            self.forget_scale()
         record = self.clock.open
         fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
         read_here = record is None or record.evaluations == 1
@@ -273,6 +281,10 @@ class Recorder:
         scale = private.scale_of(scaler)
         if scale is not None:
             self._pending_scale = float(scale) if on_host(scale) else scale
+
+    def forget_scale(self) -> None:
+        """What was scaled was another model's loss."""
+        self._pending_scale = None
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
         """An optimizer is about to step.
@@ -616,6 +628,8 @@ class Recorder:
         seen = ratios.tolist()
         if all(ratio == 1.0 for ratio in seen):
             self._hand_seen.clear()
+            if seen and self._hand_scale != 1.0:
+                self._hand_scale = draft.scale = 1.0  # nobody divides any more
             return
         one = seen[0] if all(math.isfinite(ratio) and abs(ratio - seen[0]) <= UNCHANGED * seen[0] for ratio in seen) else 1.0
         power = 2.0 ** round(math.log2(one)) if one > 0 else 1.0
@@ -724,6 +738,8 @@ class Recorder:
                 self._drain(force=True)
         self.weights.forget()
         self._versions.clear()
+        if outcome is Outcome.BY_HAND and self._act is not None and not record.owners:
+            raise Deliberate(RuntimeError(_BY_HAND))
 
     def _by_hand(self, draft: Draft, record: Open) -> None:
         slots = sorted(slot for slot in record.reached if self.weights.taken[slot])

@@ -146,8 +146,9 @@ def test_a_new_optimizer_for_the_same_parameters_takes_over() -> None:
     assert ref() is None, "an optimizer is held weakly"
     assert owners.optimizer(0) is None
     new = SGD(model.parameters(), lr=0.1)
-    assert owners.adopt(new) == (1, True)
-    assert_sound(owners, {0: 1, 1: 1, 2: 1})
+    assert owners.adopt(new) == (0, True), "it continues the dead one, so that a new one at every update leaves no trail"
+    assert owners.name(0) == "SGD#0"
+    assert_sound(owners, {0: 0, 1: 0, 2: 0})
 
 
 # -- learning rates ----------------------------------------------------------------------------------------------------------------

@@ -74,10 +74,19 @@ def never_stepped(history: History) -> Iterator[Finding]:
 
     Yields when no watched weight has ever moved and `NO_STEPS` records in a row were cleared without a step, or `ENDLESS` backward
     passes (`NO_STEPS` when the run ends) lie in the open record, or `NO_STEPS` were dropped because only optimizers that own
-    nothing of this model stepped. A pause of a loop that has stepped before is none of its business.
+    nothing of this model stepped. Of a loop that has stepped before, only `ENDLESS` such dropped passes are its business: its weights
+    may have been replaced under the optimizer (`load_state_dict(assign=True)`).
     """
     b, pending = history.baselines, history.pending
     if pending.ever_stepped or bool((b.stepped > 0).any()):
+        if pending.unowned >= ENDLESS:
+            yield Finding(
+                "never_stepped",
+                Severity.WARNING,
+                history.recorded,
+                message=f"{pending.unowned} backward passes since the last step of an optimizer that owns these weights",
+                evidence={"backward_calls": pending.unowned, "foreign_steps": pending.foreign_steps},
+            )
         return
     piled = pending.backward_calls
     if b.idle >= NO_STEPS and b.idle == history.recorded:
