@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.rules.layout import Layout, layout_of
+from gradwatch.diagnose.rules.loss import Progress, progress
 from gradwatch.diagnose.rules.rule import ALWAYS, patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
@@ -89,7 +90,8 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     and loss both grow by `IN_TIME` decades over their first values, rising in nearly every one of the last nine records.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
-    normalisation; parts with a head of their own; norms that grow while the loss does not.
+    normalisation; parts with a head of their own; norms that grow while the loss does not; growth across depth while the loss is low
+    (below 1/20 of its first values).
     """
     if not len(history):
         return
@@ -161,6 +163,8 @@ def _across_depth(history: History) -> Finding | None:
     turn = history.recorded % TURNS == 3 or (history.recorded > ALWAYS and history.recorded % 3 == 0)
     if len(layout.columns) > MANY and not (turn or poisoned or history.ended):
         return None
+    if not poisoned and progress(history) is Progress.LOW:
+        return None  # a network that has learned its task: what is left of the gradient has no shape that matters
     known = (layout.take(b.seen) >= (1 if poisoned else 3)) & (layout.reference | layout.norm) & (np.isfinite(now) | bad)
     if known.sum() < 2:
         return None
