@@ -47,10 +47,11 @@ RECOVERY, RECOVERY_UNCLEAR = 15, 25
 themselves do so at 0.1 to 0.4 decades an update (measured)."""
 
 LONE = 5.0
-"""Decades for a single layer at the input, and for a whole branch other than the first to count at all three layers are needed:
-embeddings and side inputs that hardly matter are healthy."""
+"""Decades for a single layer at the input: an embedding that hardly matters is healthy."""
 
-LAYERS_IN_BRANCH = 3
+LAYERS_IN_BRANCH = 4
+"""Layers of a branch other than the first from which it counts at all: side inputs that hardly matter are healthy, and DeBERTa's relative
+positions are three layers that get 1e-5 of the rest (measured)."""
 
 STUCK = 5.0
 """Decades below its peers' largest, or its own early median, from which a layer that does not move is sick by itself. Healthy
@@ -411,11 +412,13 @@ def _stuck(history: History, view: _View) -> Finding | None:
 
 
 def _alone_in_its_module(history: History, view: _View, sick: NDArray[np.bool_], stepped: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`[N]`: no layer of the module that holds it (the model itself aside) is well. A vector in a sick layer is part of it."""
+    """`[N]`: no layer of the module that holds it (the model itself aside) is well. A vector in a sick layer is part of it.
+    Embeddings may hardly matter in health."""
     layers = [history.meta.parameters[i].layer for i in view.columns]
     ill = {layer for layer, is_sick in zip(layers, sick, strict=True) if is_sick}
+    embeddings = {fact.name for fact in history.meta.layers if fact.kind == "embedding"}
     well = {layer.rpartition(".")[0] for layer, counts in zip(layers, stepped, strict=True) if counts and layer not in ill} - {""}
-    return np.array([layer.rpartition(".")[0] not in well for layer in layers], bool)
+    return np.array([layer not in embeddings and layer.rpartition(".")[0] not in well for layer in layers], bool)
 
 
 def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
