@@ -111,7 +111,7 @@ class Incidents:
                 continue
             try:
                 # Whatever a user's rule yields is looked at inside the `try`, for it is theirs.
-                scoped = [self._in_scope(finding, history) for finding in rule(history)]
+                scoped = [self._in_scope(finding, history) for finding in rule(history) or ()]
             except Exception:
                 self._off.add(i)
                 self._notice(f"the rule {name_of(rule)} raised and is switched off:\n{traceback.format_exc()}")
@@ -124,7 +124,7 @@ class Incidents:
         if not isinstance(finding, Finding):
             raise TypeError(f"a rule yields Finding, got {type(finding).__name__}: {finding!r}")
         evidence = {name: float(value) for name, value in finding.evidence.items() if isfinite(value)}
-        parameters, layers = tuple(finding.parameters), tuple(finding.layers)
+        parameters, layers = _names(finding.parameters), _names(finding.layers)
         if parameters or layers:
             meta = history.meta
             if not meta.in_scope.all():
@@ -253,6 +253,11 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
+
+
+def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Names as a tuple; one name alone is what a user's rule is likely to give."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 __all__ = ["CAUSES", "PERSISTENCE", "Incidents"]

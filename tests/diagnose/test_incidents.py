@@ -269,3 +269,14 @@ def test_no_rules_say_nothing() -> None:
     incidents = Incidents((), notice=lambda text: None)
     assert incidents.judge(History(chain(2))) == ()
     assert len(default_rules()) == 11
+
+
+def test_a_rule_may_return_nothing_and_name_one_layer_by_its_name() -> None:
+    def simple(history: History) -> list[Finding] | None:
+        if history.recorded < 3:
+            return None
+        return [Finding("simple", Severity.WARNING, 2, layers="0", message="so")]  # type: ignore[arg-type]
+
+    run = Run(chain(4), rules=[simple])
+    run.records(5)
+    assert [alert.layers for alert in run.alarms()] == [("0",)]
