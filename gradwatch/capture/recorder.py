@@ -32,6 +32,9 @@ from gradwatch.records import GradState, NonFiniteGradientError, Sampling, SkipR
 _HAND_SCALE_AFTER = 3
 """Updates running with the same exact power of two on all probes after which it is taken for a loss scale by hand."""
 
+_FROZEN_AFTER = 5
+"""Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
+
 _OUTSIDE_AFTER = 5
 """Records after which leaves outside the model are looked for in the process's optimizers."""
 
@@ -219,6 +222,7 @@ class Recorder:
         self._foreign_steps = self._unowned = 0
         self._ever_stepped = False
         self._dirty = False
+        self._frozen_seen: list[list[bool]] = []
         self._steps_without: set[int] = set()
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
@@ -503,11 +507,6 @@ class Recorder:
         """Something is wrong: full statistics at every update, as at the start."""
         self._counts.clear()
 
-    @property
-    def closure_evaluations(self) -> int:
-        """Evaluations of the closure inside the step that is running."""
-        return self.clock.open.evaluations if self.clock.open is not None else 0
-
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
     def _read(self, slots: list[int]) -> None:
@@ -727,6 +726,7 @@ class Recorder:
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
+            self._see_frozen()
             self._foreign_steps = self._unowned = 0
             closed = _Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
@@ -740,6 +740,17 @@ class Recorder:
         self._versions.clear()
         if outcome is Outcome.BY_HAND and self._act is not None and not record.owners:
             raise Deliberate(RuntimeError(_BY_HAND))
+
+    def _see_frozen(self) -> None:
+        """Frozen or thawed for a few records running: then it is meant so. A GAN freezes its other half for one step only."""
+        if not self.table.thawed():
+            self._frozen_seen.clear()
+            return
+        pattern = [p.requires_grad for p in self.table.params]
+        self._frozen_seen = [*self._frozen_seen, pattern] if self._frozen_seen[:1] in ([], [pattern]) else [pattern]
+        if len(self._frozen_seen) >= _FROZEN_AFTER:
+            self._frozen_seen.clear()
+            self._rescan()
 
     def _by_hand(self, draft: Draft, record: Open) -> None:
         slots = sorted(slot for slot in record.reached if self.weights.taken[slot])

@@ -167,3 +167,19 @@ def test_evaluation_inside_the_block(fault: bool) -> None:
         said(watch, "missing_gradient", step=0, layers=("features",))
     else:
         healthy(watch, reference)
+
+
+def test_a_part_frozen_in_the_middle_is_no_missing_gradient() -> None:
+    """Gradual freezing: the part stays in its optimizer and gets no gradient any more, and that is meant so."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradWatch(model, console=False) as watch:
+        for i, x, y in batches(50):
+            if i == 15:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad()
+            mse(model(x), y).backward()
+            optimizer.step()
+    assert [alert.rule for alert in watch.alerts if alert.severity >= 30] == []
+    assert [fact.trainable for fact in watch.history.meta.parameters][:3] == [False, False, True]
+    assert watch.history.recorded == 50
