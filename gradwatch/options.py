@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradwatch.capture.description import in_scope
-from gradwatch.capture.parameters import named_modules
+from gradwatch.capture.parameters import named_modules, unwrap
 from gradwatch.records import Sampling
 
 
@@ -27,6 +27,7 @@ def models(given: object) -> dict[str, nn.Module]:
             if not isinstance(key, str) or not key or "." in key:
                 raise TypeError(f"GradWatch: the key {key!r} names a model and must be a non-empty str without a dot")
         found = dict(given)
+        _check_each_has_its_own(found)
     else:
         _check_model(given, "model")
         found = {"": given}
@@ -38,6 +39,31 @@ def models(given: object) -> dict[str, nn.Module]:
             "on what is trained before attaching."
         )
     return found
+
+
+def _check_each_has_its_own(given: Mapping[str, nn.Module]) -> None:
+    """A parameter stands under the first key that holds it; a key that were left with none would be gone without a word."""
+    first: dict[int, str] = {}  # whose a parameter is, by its id
+    for key, model in given.items():
+        params = {id(p): p for p in model.parameters()}
+        for other, before in given.items():
+            if other == key:
+                break
+            if unwrap(before) is unwrap(model):
+                raise ValueError(
+                    f"GradWatch: the models {other!r} and {key!r} are the same {type(unwrap(model)).__name__}; each model needs to stand "
+                    "once. Leave one of the two keys out."
+                )
+        if params and params.keys() <= first.keys():
+            owners = list(dict.fromkeys(first[one] for one in params))
+            others = " and ".join(repr(owner) for owner in owners)
+            swap = any(one not in params for one, owner in first.items() if owner in owners)
+            raise ValueError(
+                f"GradWatch: every parameter of the model {key!r} is one of {others} too and would be told of there; each key needs a "
+                f"parameter of its own. Leave {key!r} out{f', or put it before {others}' if swap else ''}."
+            )
+        for one in params:
+            first.setdefault(one, key)
 
 
 def _check_model(model: object, name: str) -> None:

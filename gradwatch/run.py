@@ -47,20 +47,28 @@ def run(
     """
     sink = ConsoleSink()
     scouts: list[Scout] = []
+    stopped_by = ""
 
     def send_scout() -> None:
         from gradwatch.scout import Scout
 
         scouts.append(Scout(sink, clip=clip, on_nonfinite=on_nonfinite, quiet=quiet, summary=summary))
 
+    def stopped(error: BaseException) -> None:
+        nonlocal stopped_by
+        stopped_by = words.stopper(error)
+        for scout in scouts:
+            scout.script_stopped(stopped_by)
+
     when_torch_is_there(send_scout)
     try:
-        code = Script(target, list(args), module=module).run()
+        code = Script(target, list(args), module=module).run(stopped)
     except ScriptNotFound as missing:
         print(f"gradwatch run: {missing}", file=sys.stderr)
         return 2
     if not scouts:
-        sink.print_lines([f"{words.WARNING} gradwatch: this script never imported torch, so there was nothing to watch"])
+        why = f"stopped by {stopped_by} before torch was imported" if stopped_by else "this script never imported torch"
+        sink.print_lines([f"{words.WARNING} gradwatch: {why}, so there was nothing to watch"])
     return code
 
 

@@ -23,7 +23,7 @@ from gradwatch.outermost import name_of, outermost
 from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.records import Severity
-from gradwatch.watch import GradWatch
+from gradwatch.watch import GradWatch, introduce, leave, verdict_of, watched_parameters
 
 _TOLD = 4
 """Healthy models whose verdict is spelled out; a sweep trains hundreds."""
@@ -40,6 +40,7 @@ class _Watched:
         optimizers: ids of the living optimizers that step them.
         last_words: the verdict, once it is final.
         sick: something was found.
+        stopped_by: what ended the script while these models were alive; "" for nothing.
     """
 
     watch: GradWatch | None
@@ -48,6 +49,7 @@ class _Watched:
     optimizers: set[int] = field(default_factory=set)
     last_words: list[str] = field(default_factory=list)
     sick: bool = False
+    stopped_by: str = ""
 
     def holds(self) -> set[int]:
         """Ids of the parameters that it watches now."""
@@ -81,6 +83,7 @@ class Scout:
         summary: bool = False,
     ) -> None:
         self._sink, self._clip, self._on_nonfinite, self._quiet, self._summary = sink, clip, on_nonfinite, quiet, summary
+        self._stopped_by = ""
         self._process = os.getpid()
         self._watched: list[_Watched] = []
         self._groups: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -168,11 +171,10 @@ class Scout:
         params = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         own = {id(entry.watch) for entry in self._watched}
         others = {
-            id(p)
+            p
             for listener in TAPE.listeners()
             if isinstance(listener, GradWatch) and id(listener) not in own
-            for model in (listener._models or {}).values()
-            for p in model.parameters()
+            for p in watched_parameters(listener)
         }
         self._left_to_the_script |= bool(params.keys() & others)
         watched = set(others)
@@ -195,11 +197,11 @@ class Scout:
             self._failures.append(f"{words.WARNING} gradwatch: this model is not watched. {refused}")
             return None
         self._heed(entry, optimizer)
-        if entry.watch is not None and entry.watch._recorder is not None:
+        if entry.watch is not None:
             # Those of other parts of the model may step right after this one, in the same update.
             for other in optimizers:
                 if other is not optimizer:
-                    entry.watch._recorder.know(other)
+                    introduce(entry.watch, other)
         return entry.watch
 
     def _entry(self, models: list[nn.Module], optimizers: list[Optimizer]) -> _Watched:
@@ -241,6 +243,13 @@ class Scout:
 
     # -- the end -------------------------------------------------------------------------------------------------------------------
 
+    def script_stopped(self, stopped_by: str) -> None:
+        """The script has ended before its time, as `words.stopper` says it. What it still held was what it was at work on."""
+        self._stopped_by = stopped_by
+        for entry in self._watched:
+            if any(ref() is not None for ref in entry.models):
+                entry.stopped_by = stopped_by
+
     def finish(self) -> None:
         """Detach everything and say what was seen."""
         if os.getpid() != self._process:
@@ -269,15 +278,15 @@ class Scout:
         watch = entry.watch
         if watch is None:
             return
-        watch.detach()
-        entry.last_words = watch.summary().splitlines() if self._summary else watch._verdict()
+        leave(watch, entry.stopped_by)
+        entry.last_words = watch.summary().splitlines() if self._summary else verdict_of(watch)
         if not self._summary:
             entry.last_words += [f"  notice: {line}" for notice in watch.notices for line in notice.splitlines()]
         entry.sick = any(alert.severity >= Severity.WARNING for alert in watch.alerts)
         entry.watch = None
 
     def _nothing_watched(self) -> str:
-        backward = words.plural(self._backward_calls, "backward pass").replace("passs", "passes")
+        backward = words.plural(self._backward_calls, "backward pass")
         if self._strays:
             names = words.listed(sorted(set(self._strays)))
             return (
@@ -289,6 +298,8 @@ class Scout:
                 f"{words.WARNING} gradwatch: saw {backward} and no optimizer step, so nothing was judged; a loop that changes its weights "
                 "by hand is watched by `with GradWatch(model):` around it"
             )
+        if self._stopped_by:
+            return f"{words.WARNING} gradwatch: stopped by {self._stopped_by} before anything was trained, so nothing was judged"
         return (
             f"{words.WARNING} gradwatch: this script trained nothing: no backward pass and no optimizer step was seen "
             "(what other processes do is not)"
@@ -299,7 +310,7 @@ def _gone(scout: weakref.ref[Scout], entry: _Watched, optimizer: int) -> None:
     """An optimizer was dropped; with the last one its watch lets go of the model."""
     entry.optimizers.discard(optimizer)
     if scout() is not None and entry.watch is not None and not entry.optimizers:
-        entry.watch.detach()
+        leave(entry.watch, entry.stopped_by)
 
 
 def _unique(names: list[str], watched: Sequence[_Watched]) -> list[str]:

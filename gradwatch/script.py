@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
@@ -35,8 +36,11 @@ class Script:
     def __init__(self, target: str, args: list[str], *, module: bool = False) -> None:
         self._target, self._args, self._module = target, args, module
 
-    def run(self) -> int:
+    def run(self, stopped: Callable[[BaseException], None] = lambda error: None) -> int:
         """Run it to its end. Whatever leaves it is treated as `python` treats it: `sys.exit` ends it, a traceback goes to stderr.
+
+        Args:
+            stopped: called with the exception that leaves the script, while what its frames hold is still alive.
 
         Returns:
             The exit code.
@@ -52,8 +56,10 @@ class Script:
         except ScriptNotFound:
             raise
         except SystemExit as end:
+            stopped(end)
             return _exit_code(end)
         except BaseException as error:
+            stopped(error)
             _show(error)
             return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
         return 0
@@ -126,6 +132,9 @@ def _exit_code(end: SystemExit) -> int:
 def _show(error: BaseException) -> None:
     """As python shows an uncaught exception, by the script's own `sys.excepthook` if it set one, without gradwatch's frames."""
     _clean(error, set())
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
     sys.stdout.flush()
     sys.excepthook(type(error), error, error.__traceback__)
 

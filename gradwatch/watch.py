@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import time
 import traceback
 import weakref
@@ -28,6 +29,7 @@ from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules
 from gradwatch.facts import Meta
 from gradwatch.history import History
+from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
 from gradwatch.protect.clip import Actor, Clipper
@@ -116,6 +118,7 @@ class GradWatch:
         self._entered = 0.0
         self._unfinished = 0
         self._updates_watched = 0
+        self._stopped_by = ""
         self._home = Home()
 
     # -- the block -----------------------------------------------------------------------------------------------------------------
@@ -125,6 +128,8 @@ class GradWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._attached:
+            self._stopped_by = words.stopper(error)
         self.detach()
 
     def attach(self) -> None:
@@ -140,8 +145,16 @@ class GradWatch:
         if len(models) != len(self._model_refs):
             raise RuntimeError("the model of this GradWatch no longer exists; make a new GradWatch for the new model")
         self._check_actors(models)
+        if self._started is None:
+            self._started = time.perf_counter()
         recorder = self._new_recorder(models)
-        self._home, self._failed = Home(), False
+        for optimizer in self._optimizers or ():
+            if recorder.know(optimizer) is None:
+                raise ValueError(
+                    f"GradWatch(optimizer=...): this {type(optimizer).__name__} does not own a parameter of the watched model; name the one "
+                    "that steps it, or leave optimizer out"
+                )
+        self._home, self._failed, self._stopped_by = Home(), False, ""
         self._entered = time.perf_counter()
         try:
             self._models, self._recorder, self._attached = models, recorder, True
@@ -159,9 +172,8 @@ class GradWatch:
         if not self._attached:
             if self._failed and self._console is not None:
                 self._failed = False
-                lines = [
-                    f"! gradwatch: the watch failed after {self._recorded()} updates and switched itself off; see watch.notices"
-                ]
+                updates = words.plural(self._recorded(), "update")
+                lines = [f"{words.WARNING} gradwatch: the watch failed after {updates} and switched itself off; see watch.notices"]
                 self._safely(partial(self._console.print_lines, lines), "the console")
             return
         self._stop(self._finish)
@@ -170,7 +182,7 @@ class GradWatch:
 
     def _print_verdict(self) -> None:
         if self._console is not None:
-            self._console.print_lines(self._verdict())
+            self._console.print_lines(verdict_of(self))
 
     def _finish(self) -> None:
         recorder = self._recorder
@@ -265,16 +277,23 @@ class GradWatch:
         """What was found and how the layers stand, as text of several lines."""
         cost, share = self._cost()
         return summary(
-            self.history, self.alerts, cost_per_update=cost, share=share, unfinished=self._unfinished, notices=self._notices
+            self.history,
+            self.alerts,
+            cost_per_update=cost,
+            share=share,
+            unfinished=self._unfinished,
+            notices=self._notices,
+            stopped_by=self._stopped_by,
+            attached=self._started is not None,
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield table(self.history, self.alerts, ascii_only=options.ascii_only)
 
     def __repr__(self) -> str:
-        state = "attached" if self._attached else "detached"
-        updates = 0 if self._history is None else self._history.recorded
-        return f"<GradWatch {state}, {updates} updates, {len(self._incidents.alerts)} incidents>"
+        state = "attached" if self._attached else "switched off" if self._failed else "detached"
+        updates = words.plural(self._recorded(), "update")
+        return f"<GradWatch {state}, {updates}, {words.plural(len(self._incidents.alerts), 'incident')}>"
 
     def state_dict(self) -> dict[str, Any]:
         """History and incidents as tensors and plain containers, for `torch.save` beside the model's state."""
@@ -376,9 +395,7 @@ class GradWatch:
     # -- inside --------------------------------------------------------------------------------------------------------------------
 
     def _new_recorder(self, models: Mapping[str, nn.Module]) -> Recorder:
-        if self._started is None:
-            self._started = time.perf_counter()
-        recorder = Recorder(
+        return Recorder(
             models,
             self._sampling,
             blank_row=_weakly(self._blank_row),
@@ -387,15 +404,8 @@ class GradWatch:
             on_meta=_weakly(self._on_meta),
             act=self._actor,
             scaler=self._scaler,
-            started=self._started,
+            started=time.perf_counter() if self._started is None else self._started,
         )
-        for optimizer in self._optimizers or ():
-            if recorder.know(optimizer) is None:
-                raise ValueError(
-                    f"GradWatch(optimizer=...): this {type(optimizer).__name__} does not own a parameter of the watched model; name the one "
-                    "that steps it, or leave optimizer out"
-                )
-        return recorder
 
     def _check_actors(self, models: Mapping[str, nn.Module]) -> None:
         if self._actor is None:
@@ -404,8 +414,7 @@ class GradWatch:
         for other in TAPE.listeners():
             if not isinstance(other, GradWatch) or other is self or other._actor is None:
                 continue
-            theirs = (other._models or {}).values()
-            if any(id(p) in mine for model in theirs for p in model.parameters()):
+            if mine & watched_parameters(other):
                 raise RuntimeError(
                     f"another GradWatch on this model already acts ({other._actor.asked}); two would act on each other's work. "
                     f"Leave {self._actor.asked} out of this one, or detach the other first."
@@ -498,17 +507,6 @@ class GradWatch:
             )
         return self._recorder
 
-    def _verdict(self) -> list[str]:
-        cost, share = self._cost()
-        return verdict(
-            self.history,
-            self._incidents.alerts,
-            cost_per_update=cost,
-            share=share,
-            unfinished=self._unfinished,
-            notices=len(self._notices),
-        )
-
     def _cost(self) -> tuple[float, float | None]:
         """Seconds an update that the watch took, and as a share of the time it was attached."""
         updates = self._updates_watched
@@ -516,6 +514,42 @@ class GradWatch:
             return float("nan"), None
         elapsed = self._elapsed + (time.perf_counter() - self._entered if self._attached else 0.0)
         return self._spent / updates, self._spent / elapsed if elapsed > 0 else None
+
+
+# -- for the scout, which looks after watches that nobody asked for; no part of the public interface -----------------------------------
+
+
+def watched_parameters(watch: GradWatch) -> set[int]:
+    """Ids of the parameters that a watch is on now; none once it is detached."""
+    return {id(p) for model in (watch._models or {}).values() for p in model.parameters()}
+
+
+def introduce(watch: GradWatch, optimizer: Optimizer) -> None:
+    """Tell a watch of an optimizer that it has not seen step: an update may be waiting for it."""
+    watch._guard(lambda recorder: recorder.know(optimizer))
+
+
+def verdict_of(watch: GradWatch) -> list[str]:
+    """The lines that a watch prints when it is detached."""
+    cost, share = watch._cost()
+    return verdict(
+        watch.history,
+        watch.alerts,
+        cost_per_update=cost,
+        share=share,
+        unfinished=watch._unfinished,
+        notices=len(watch._notices),
+        stopped_by=watch._stopped_by,
+    )
+
+
+def leave(watch: GradWatch, stopped_by: str = "") -> None:
+    """Detach, and say in the verdict and the summary what stopped the run, as `words.stopper` says it; "" for nothing."""
+    watch._stopped_by = stopped_by
+    watch.detach()
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------------------
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -535,9 +569,11 @@ def _name(sink: Any) -> str:
 
 def _detach_all() -> None:
     """At the end of the process: a watch that was attached without a block still gives its verdict."""
+    # Where python showed an uncaught exception it left it there; an interactive session goes on after one.
+    stopped_by = "" if hasattr(sys, "ps1") else words.stopper(getattr(sys, "last_value", None))
     for listener in list(TAPE.listeners()):
         if isinstance(listener, GradWatch):
-            listener.detach()
+            leave(listener, stopped_by)
 
 
 atexit.register(_detach_all)

@@ -43,6 +43,26 @@ def parallel() -> nn.Module:
     return nn.DataParallel(model())
 
 
+def twice() -> dict[str, nn.Module]:
+    one = model()
+    return {"a": one, "b": one}
+
+
+def twice_wrapped() -> dict[str, nn.Module]:
+    one = model()
+    return {"a": one, "b": torch.compile(one, backend="eager")}  # type: ignore[dict-item]
+
+
+def net_and_head() -> dict[str, nn.Module]:
+    net = model()
+    return {"net": net, "head": net[2]}
+
+
+def all_inside() -> dict[str, nn.Module]:
+    inner = model()
+    return {"inner": inner, "outer": nn.Sequential(inner)}
+
+
 def holding_parallel() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.DataParallel(model()))
 
@@ -73,6 +93,12 @@ WRONG = {
     "parameters": Wrong(TypeError, ("generator|list", r"nn\.Module"), lambda: list(model().parameters())),
     "none": Wrong(TypeError, ("None", r"nn\.Module"), lambda: None),
     "empty-mapping": Wrong(ValueError, ("empty|no model", r"nn\.Module|model"), dict),
+    "same-model-twice": Wrong(ValueError, ("'a' and 'b'", "same Sequential", "needs to stand once", "Leave one"), twice),
+    "same-model-compiled": Wrong(ValueError, ("'a' and 'b'", "same Sequential", "Leave one"), twice_wrapped),
+    "model-in-a-model": Wrong(
+        ValueError, ("'head'", "'net'", "needs a parameter of its own", "Leave 'head' out, or put it before"), net_and_head
+    ),
+    "nothing-but-a-model": Wrong(ValueError, ("'outer'", "'inner'", r"Leave 'outer' out\."), all_inside),
     "mapping-of-strings": Wrong(TypeError, ("str", r"nn\.Module"), lambda: {"generator": "model"}),
     "mapping-with-number": Wrong(TypeError, ("3", "str|name"), lambda: {3: model()}),
     "no-parameter-at-all": Wrong(ValueError, ("parameter",), nn.ReLU),
@@ -215,6 +241,14 @@ def test_one_optimizer_and_several_are_taken() -> None:
 
 def attach(watched: nn.Module, **options: Any) -> None:
     GradWatch(watched, console=False, **options).attach()
+
+
+def test_a_model_in_another_is_taken_where_each_key_has_a_parameter() -> None:
+    net = model()
+    watch = GradWatch({"head": net[2], "net": net, "criterion": nn.MSELoss()}, console=False)
+    assert watch.history.parameters == ("head.weight", "head.bias", "net.0.weight", "net.0.bias")
+    shared = GradWatch({"a": nn.Sequential(net[0], nn.Linear(4, 4)), "b": nn.Sequential(net[0], net[2])}, console=False)
+    assert shared.history.parameters[-2:] == ("b.1.weight", "b.1.bias")
 
 
 def test_an_optimizer_that_owns_nothing_watched_is_said() -> None:

@@ -214,7 +214,7 @@ MAKES = {
     ),
     "package": Make(
         "print('never run')",
-        HEALTHY.format(20, 2),
+        r"\A▲ gradwatch: stopped by sys\.exit\(3\) after 20 updates, nothing found before; ",
         args=("-m", "package"),
         files={
             "package/__init__.py": "",
@@ -239,7 +239,7 @@ MAKES = {
         model.head.weight.register_hook(explode)
         train(model, torch.optim.SGD(model.parameters(), lr=0.1))
         """,
-        HEALTHY.format(12, 2),
+        r"\A▲ gradwatch: stopped by ValueError after 12 updates, nothing found before; [^\n]* over 2 layers; cost [^\n]*\n\Z",
         code=1,
     ),
     "exit_message": Make(
@@ -250,11 +250,13 @@ MAKES = {
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), updates=3)
         sys.exit("no data left")
         """,
-        r"\A✓ gradwatch: nothing found in 3 updates, too few to call it healthy \(that takes 10\)",
+        r"\A▲ gradwatch: stopped by sys\.exit after 3 updates, nothing found before;",
         code=1,
     ),
     "syntax_error": Make(
-        "def broken(:", r"\A▲ gradwatch: this script never imported torch, so there was nothing to watch\n\Z", code=1
+        "def broken(:",
+        r"\A▲ gradwatch: stopped by SyntaxError before torch was imported, so there was nothing to watch\n\Z",
+        code=1,
     ),
     "never_trains": Make(
         "print(Net()(batch()[0]).shape)",
@@ -519,7 +521,60 @@ def test_ctrl_c_leaves_130_a_traceback_and_the_verdict(tmp_path: Path) -> None:
     )
     assert result.code == 128 + signal.SIGINT
     assert result.err.startswith("Traceback")
-    assert re.search(r"\nKeyboardInterrupt\n✓ gradwatch: healthy after 12 updates", result.err), result.err
+    assert re.search(
+        r"\nKeyboardInterrupt\n▲ gradwatch: stopped by KeyboardInterrupt after 12 updates, nothing found before", result.err
+    ), result.err
+
+
+CRASH = "\\nValueError: no\\n▲ gradwatch: stopped by ValueError after 12 updates, nothing found before"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        pytest.param("raise ValueError('no')", 1, CRASH, id="exception"),
+        pytest.param("sys.exit(3)", 3, r"\A▲ gradwatch: stopped by sys.exit\(3\) after 12 updates", id="exit-with-an-error"),
+        pytest.param("sys.exit('no')", 1, r"\Ano\n▲ gradwatch: stopped by sys.exit after 12 updates", id="exit-with-a-message"),
+        pytest.param("sys.exit(0)", 0, HEALTHY.format(12, 2), id="exit"),
+        pytest.param("sys.exit()", 0, HEALTHY.format(12, 2), id="bare-exit"),
+    ],
+)
+@pytest.mark.parametrize("place", ["module", "function"])
+def test_a_script_that_ends_by_an_error_is_not_called_healthy(end: str, code: int, said: str, place: str, tmp_path: Path) -> None:
+    """In a function too, whose model is gone before the verdict is given."""
+    body = f"""\
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+train(model, optimizer, updates=12)
+{end}
+"""
+    if place == "function":
+        body = "def main():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "main()\n"
+    result = watch(tmp_path, "import sys\n" + body)
+    assert result.code == code
+    assert re.search(said, result.err), result.err
+
+
+def test_what_was_trained_and_dropped_before_the_crash_is_healthy(tmp_path: Path) -> None:
+    body = """
+        def main():
+            model = Net()
+            train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+        main()
+        raise ValueError("no")
+        """
+    assert "\n✓ gradwatch: healthy after 20 updates" in watch(tmp_path, body).err
+
+
+def test_a_script_that_crashes_before_it_trains_is_not_told_that_it_trains_nothing(tmp_path: Path) -> None:
+    err = watch(tmp_path, "1 / 0").err
+    assert err.endswith("\n▲ gradwatch: stopped by ZeroDivisionError before anything was trained, so nothing was judged\n"), err
+
+
+def test_exit_handlers_find_the_exception_where_python_leaves_it(tmp_path: Path) -> None:
+    result = watch(tmp_path, "import atexit, sys\natexit.register(lambda: print(repr(sys.last_value)))\n1 / 0")
+    assert result.out == "ZeroDivisionError('division by zero')\n"
 
 
 def test_a_sweep_gives_every_model_back_and_sums_the_healthy_ones_up(tmp_path: Path) -> None:

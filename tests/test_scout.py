@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -295,7 +296,10 @@ def test_a_model_that_cannot_be_watched_is_trained_all_the_same() -> None:
         step(torch.optim.SGD(model.parameters(), lr=0.1), model)
         assert scout.watches == ()
         assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert "gradwatch: this model is not watched. GradWatch: the model 'Net' is or holds an nn.DataParallel" in out.getvalue()
+    # It has a key where another optimizer is alive in the process, as those of earlier tests may be.
+    assert re.search(
+        r"gradwatch: this model is not watched\. GradWatch: (the model 'Net'|model) is or holds an nn\.DataParallel", out.getvalue()
+    )
     assert "Traceback" not in out.getvalue()
 
 

@@ -8,7 +8,10 @@ import gc
 import io
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,6 +314,102 @@ def test_its_repr_says_how_it_stands(updates: int, text: str) -> None:
     assert re.fullmatch(text.format("detached"), repr(watch))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        pytest.param(ValueError("no"), "▲ gradwatch: stopped by ValueError after 12 updates, nothing found before;", id="error"),
+        pytest.param(KeyboardInterrupt(), "▲ gradwatch: stopped by KeyboardInterrupt after 12 updates", id="ctrl-c"),
+        pytest.param(SystemExit(2), r"▲ gradwatch: stopped by sys\.exit\(2\) after 12 updates", id="exit-with-an-error"),
+        pytest.param(SystemExit(0), "✓ gradwatch: healthy after 12 updates", id="exit"),
+        pytest.param(SystemExit(None), "✓ gradwatch: healthy after 12 updates", id="bare-exit"),
+        pytest.param(GeneratorExit(), "✓ gradwatch: healthy after 12 updates", id="generator-closed"),
+    ],
+)
+def test_a_block_left_by_an_exception_is_not_called_healthy(
+    error: BaseException, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = network()
+    watch = GradWatch(model)
+
+    def run() -> None:
+        with watch:
+            train(model, SGD(model.parameters(), lr=0.01), 12)
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    assert re.match(said, capfd.readouterr().err)
+    assert ("stopped by" in watch.summary()) == ("stopped by" in said)
+
+
+def test_a_block_entered_again_after_an_exception_forgets_it(capfd: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    watch = GradWatch(model)
+    with pytest.raises(ValueError, match="no"), watch:
+        raise ValueError("no")
+    assert capfd.readouterr().err == "▲ gradwatch: stopped by ValueError, no update was seen, so nothing was judged\n"
+    with watch:
+        assert "stopped" not in watch.summary()
+        train(model, SGD(model.parameters(), lr=0.01), 12)
+    assert capfd.readouterr().err.startswith("✓ gradwatch: healthy after 12 updates")
+
+
+def test_a_process_that_ends_by_an_exception_under_an_attached_watch_is_not_called_healthy(tmp_path: Path) -> None:
+    script = """
+import torch
+from gradwatch import GradWatch
+
+def main():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    GradWatch.attach(watch := GradWatch(model))
+    for i in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    1 / 0
+
+main()
+"""
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    ended = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
+    assert "\n▲ gradwatch: stopped by ZeroDivisionError after 12 updates" in ended.stderr, ended.stderr
+
+
+def test_a_watch_that_was_never_attached_can_be_asked_anything() -> None:
+    watch = quiet(network())
+    gc.collect()
+    assert repr(watch) == "<GradWatch detached, 0 updates, 0 incidents>"
+    assert watch.summary().startswith("! gradwatch: it was never attached, so nothing was judged\n")
+    assert watch.summary().count("not seen") == 2
+    assert (watch.alerts, watch.notices, len(watch.history)) == ((), (), 0)
+    watch.detach()
+
+
+def test_asking_before_attaching_starts_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    watch = quiet(model, rules=())
+    now = iter(range(100))
+    monkeypatch.setattr("gradwatch.watch.time.perf_counter", lambda: float(next(now)))
+    assert len(watch.history) == 0
+    for _ in range(50):
+        next(now)
+    with watch:
+        train(model, SGD(model.parameters(), lr=0.01), 1)
+    assert watch.history.stat("time")[0] < 50
+
+
+def test_the_layout_can_be_asked_where_the_optimizer_is_the_wrong_one() -> None:
+    watch = quiet(network(), optimizer=SGD(network().parameters(), lr=0.1))
+    for _ in range(2):
+        assert len(watch.history.parameters) == 4
+        assert "nothing was judged" in watch.summary()
+        with pytest.raises(ValueError, match="does not own"):
+            watch.attach()
+        assert repr(watch) == "<GradWatch detached, 0 updates, 0 incidents>"
+
+
 # -- what it shows -----------------------------------------------------------------------------------------------------------------
 
 
@@ -556,8 +655,10 @@ def test_a_watch_that_failed_neither_ends_the_loop_nor_keeps_silent(capsys: pyte
             watch.loss(model(x).square().mean()).backward()
             optimizer.step()
             watch.step()
+        assert repr(watch) == "<GradWatch switched off, 0 updates, 0 incidents>"
     assert len(watch.notices) == 1
-    assert "switched itself off" in capsys.readouterr().err
+    assert "▲ gradwatch: the watch failed after 0 updates and switched itself off" in capsys.readouterr().err
+    assert "notice: the watch failed" in watch.summary()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.history import History
-from gradwatch.records import Alert, GradState, Severity
+from gradwatch.records import Alert, GradState, Severity, SkipReason
 
 RECENT: Final = 64
 """Records whose median stands for "now": as many as are always sampled densely, so that every layer was observed among them."""
@@ -76,6 +76,12 @@ class Layers:
         largest = [int(columns[np.argmax(numel[columns])]) for columns in self.columns]
         return latest(history.recent("update_ratio", RECENT).astype(float)[:, largest])
 
+    def poisoned(self, history: History) -> NDArray[np.bool_]:
+        """Whether each layer's last gradient held a NaN or an Inf, bool `[N]`; what a GradScaler skipped was its scale's overflow."""
+        norms = self.grad_norms(history)
+        norms[history.recent("skip_reason", RECENT) == SkipReason.SCALER] = np.nan
+        return np.isinf(latest(norms))
+
     def _norm(self, norms: NDArray[np.float64]) -> NDArray[np.float64]:
         result = np.full((len(norms), len(self)), np.nan)
         for i, columns in enumerate(self.columns):
@@ -86,7 +92,8 @@ class Layers:
         return result
 
     def states(self, history: History, alerts: Sequence[Alert]) -> list[str]:
-        """One for each: the worst rule that holds it sick ("+1": and another), else "frozen", "no gradient", "NaN/Inf" or "ok".
+        """One for each: the worst rule that holds it sick ("+1": and another), else "frozen", "no gradient", "NaN/Inf" or "ok";
+        "not seen" while there is no record.
 
         "NaN/Inf" is a consequence: the last gradient was not finite, and the alert names the layer where that began.
         """
@@ -100,7 +107,7 @@ class Layers:
                 sick[i].append(alert)
         trainable = history.meta.trainable
         reached = np.bitwise_or.reduce(history.recent("grad_state", None), axis=0, initial=0) & int(GradState.REACHED) > 0
-        poisoned = np.isinf(latest(self.grad_norms(history)))
+        poisoned = self.poisoned(history)
         states = []
         for i, columns in enumerate(self.columns):
             if sick[i]:
@@ -108,6 +115,8 @@ class Layers:
                 states.append(rules[0] if len(rules) == 1 else f"{rules[0]} +{len(rules) - 1}")
             elif not trainable[columns].any():
                 states.append("frozen")
+            elif not len(history):
+                states.append("not seen")
             elif not reached[columns].any():
                 states.append("no gradient")
             else:
@@ -154,7 +163,7 @@ class Spread:
         ratio: largest over smallest, of those that are finite and above zero; 1 for a single layer.
         layers: number of those.
         zero: layers whose median is exactly zero.
-        non_finite: layers whose median is not finite.
+        non_finite: layers whose median or last gradient is not finite: how they stood before is no picture of the run.
     """
 
     ratio: float
@@ -165,7 +174,9 @@ class Spread:
 
 def spread(history: History) -> Spread | None:
     """The spread over the layers of a history, or None where no gradient was observed."""
-    norms = median(Layers.of(history).grad_norms(history))
+    layers = Layers.of(history)
+    norms = median(layers.grad_norms(history))
+    norms[layers.poisoned(history)] = np.inf
     norms = norms[~np.isnan(norms)]
     if not len(norms):
         return None

@@ -42,8 +42,12 @@ def verdict(
     share: float | None = None,
     unfinished: int = 0,
     notices: int = 0,
+    stopped_by: str = "",
+    attached: bool = True,
 ) -> list[str]:
     """One or two lines for the end of a run: what was found or "healthy", updates, layers, the spread of the gradient, the cost.
+
+    A run that an exception ended is not called healthy: what it would have come to is not known.
 
     Args:
         history: the record of the run.
@@ -52,6 +56,8 @@ def verdict(
         share: that cost as a fraction of the run's time, or None.
         unfinished: updates that a backward pass began and no step finished; they are in no record.
         notices: how many notices the watch has about itself.
+        stopped_by: what ended the run before its time, as `words.stopper` says it; "" for nothing.
+        attached: the watch is attached or has been.
 
     Returns:
         Lines for `ConsoleSink.print_lines`, which puts "x" for "×" where the encoding lacks it. The second begins with two blanks.
@@ -60,16 +66,27 @@ def verdict(
     updates = words.plural(history.recorded, "update")
     facts = _facts(history, unfinished, notices)
     cost = _cost(cost_per_update, share)
+    stopped = f"stopped by {stopped_by}" if stopped_by else ""
+    if alarms and history.recorded == 0:
+        line = f"{words.mark(max(alert.severity for alert in alarms))} gradwatch: {words.plural(len(alarms), 'finding')}"
+        rest = _joined([stopped, *facts])
+        return [f"{line}, {_no_update(history)}: {_findings(alarms, when=False)}", *[f"  {rest}"] * bool(rest)]
     if alarms:
         open_ = any(alert.state == "open" for alert in alarms)
         mark = words.mark(max(alert.severity for alert in alarms)) if open_ else words.WARNING
         over = "" if open_ else ", over by now"
         return [
             f"{mark} gradwatch: {words.plural(len(alarms), 'finding')} in {updates}{over}: {_findings(alarms)}",
-            f"  {_joined([_spread(spread(history)), *facts, cost])}",
+            f"  {_joined([stopped, _spread(spread(history)), *facts, cost])}",
         ]
     if history.recorded == 0:
-        return [f"{words.WARNING} gradwatch: {_joined(['no update was seen, so nothing was judged', *facts])}"]
+        told = (
+            f"{stopped}{', ' * bool(stopped)}{_no_update(history) if attached else 'it was never attached'}, so nothing was judged"
+        )
+        return [f"{words.WARNING} gradwatch: {_joined([told, *facts])}"]
+    if stopped:
+        told = f"{stopped} after {updates}, nothing found before"
+        return [f"{words.WARNING} gradwatch: {_joined([told, _spread(spread(history)), *facts, cost])}"]
     if history.recorded < _LEAST_UPDATES:
         told = f"nothing found in {updates}, too few to call it healthy (that takes {_LEAST_UPDATES})"
     else:
@@ -77,7 +94,12 @@ def verdict(
     return [f"{words.GOOD} gradwatch: {_joined([told, _spread(spread(history)), *facts, cost])}"]
 
 
-def _findings(alarms: Sequence[Alert]) -> str:
+def _no_update(history: History) -> str:
+    passes = history.pending.backward_calls + history.pending.unowned
+    return f"no update was completed ({words.plural(passes, 'backward pass')})" if passes else "no update was seen"
+
+
+def _findings(alarms: Sequence[Alert], when: bool = True) -> str:
     by_rule: dict[str, list[Alert]] = {}
     for alert in sorted(alarms, key=lambda alert: (alert.state != "open", -alert.severity, alert.step)):
         by_rule.setdefault(alert.rule, []).append(alert)
@@ -85,8 +107,9 @@ def _findings(alarms: Sequence[Alert]) -> str:
     for rule, group in list(by_rule.items())[:_FINDINGS]:
         place = words.where(group[0]) if len(group) == 1 else ""
         ended = " (ended)" if all(alert.state == "ended" for alert in group) else ""
-        when = words.began(group[0]) if len(group) == 1 else f"{len(group)} times from step {min(alert.step for alert in group)} on"
-        told.append(f"{words.rule_words(rule)}{f' in {place}' if place else ''} {when}{ended}")
+        many = f" {len(group)} times from step {min(alert.step for alert in group)} on"
+        began = many if len(group) > 1 else f" {words.began(group[0])}" if when else ""
+        told.append(f"{words.rule_words(rule)}{f' in {place}' if place else ''}{began}{ended}")
     if len(by_rule) > _FINDINGS:
         told.append(f"{words.plural(len(by_rule) - _FINDINGS, 'other')} in watch.alerts")
     return "; ".join(told)
@@ -100,7 +123,7 @@ def _facts(history: History, unfinished: int, notices: int) -> list[str]:
         by = " by the GradScaler" if (reasons == SkipReason.SCALER).sum() == skipped else ""
         of = f" of the last {len(history)}" if history.recorded > len(history) else ""
         facts.append(f"{words.plural(skipped, 'update')}{of} skipped{by}")
-    if unfinished:
+    if unfinished and history.recorded:  # where there is none at all, that is the headline
         facts.append(f"{words.plural(unfinished, 'update')} left unfinished (backward without a step)")
     if notices:
         facts.append(f"{words.plural(notices, 'notice')} in watch.notices")
@@ -116,9 +139,9 @@ def _spread(apart: Spread | None) -> str:
     elif apart.layers == 1:
         parts.append("1 layer")
     if apart.zero:
-        parts.append(f"exactly zero in {words.plural(apart.zero, 'layer')}")
+        parts.append(f"{'' if parts else 'gradient '}exactly zero in {words.plural(apart.zero, 'layer')}")
     if apart.non_finite:
-        parts.append(f"NaN or Inf in {words.plural(apart.non_finite, 'layer')}")
+        parts.append(f"{'' if parts else 'gradient '}NaN or Inf in {words.plural(apart.non_finite, 'layer')}")
     return ", ".join(parts)
 
 
@@ -140,6 +163,8 @@ def summary(
     share: float | None = None,
     unfinished: int = 0,
     notices: Sequence[str] = (),
+    stopped_by: str = "",
+    attached: bool = True,
 ) -> str:
     """The whole story in plain ASCII text of at most some hundred lines: for a log, a file or a question to a colleague.
 
@@ -150,13 +175,20 @@ def summary(
         share: that cost as a fraction of the run's time, or None.
         unfinished: updates that a backward pass began and no step finished.
         notices: what the watch says about itself.
+        stopped_by: what ended the run before its time; "" for nothing.
+        attached: the watch is attached or has been.
     """
-    lines = verdict(history, alerts, cost_per_update=cost_per_update, share=share, unfinished=unfinished, notices=len(notices))
-    loss = history.stat("loss")
-    loss = loss[~np.isnan(loss)]
-    if len(loss):
-        kept = "" if history.recorded == len(history) else f" (updates {history.steps[0]} to {history.steps[-1]}, the ones kept)"
-        lines.append(f"  loss {words.number(loss[0])} -> {words.number(loss[-1])}{kept}")
+    lines = verdict(
+        history,
+        alerts,
+        cost_per_update=cost_per_update,
+        share=share,
+        unfinished=unfinished,
+        notices=len(notices),
+        stopped_by=stopped_by,
+        attached=attached,
+    )
+    lines += _loss(history)
     clip = history.stat("clip_coef")
     clipped = int((clip < 1).sum())
     if clipped:
@@ -164,11 +196,31 @@ def summary(
             f"  gradients scaled down in {clipped} of {words.plural(len(history), 'update')}, to x{np.nanmin(clip):.2g} at most"
         )
     for alert in alerts:
-        lines += ["", *_told_in_full(alert)]
+        lines += ["", *_told_in_full(alert, history.recorded)]
     lines += [""] * bool(notices) + [f"notice: {notice}" for notice in notices]
     lines = [row for line in lines for row in _wrapped(line)]
-    lines += ["", *_text_table(history, alerts)]
+    if len(Layers.of(history)):
+        lines += ["", *_text_table(history, alerts)]
     return "\n".join(words.fit(line, "ascii").rstrip() for line in lines)
+
+
+def _loss(history: History) -> list[str]:
+    """From where to where the loss went: one that is not finite now is not hidden behind the last one that was."""
+    loss = history.stat("loss")
+    seen = ~np.isnan(loss) | (history.stat("loss_terms") > 0)  # NaN alone says that it was not seen
+    if not seen.any():
+        return []
+    steps, loss = history.steps[seen], loss[seen]
+    told = f"  loss {words.number(loss[0])} -> {words.number(loss[-1])}"
+    finite = np.flatnonzero(np.isfinite(loss))
+    if not len(finite):
+        told += ", never finite"
+    elif finite[-1] < len(loss) - 1:
+        told += f", last finite: {words.number(loss[finite[-1]])} at step {steps[finite[-1]]}"
+    elif len(finite) < len(loss):
+        told += f", NaN or Inf in {words.plural(len(loss) - len(finite), 'update')}"
+    kept = "" if history.recorded == len(history) else f" (updates {history.steps[0]} to {history.steps[-1]}, the ones kept)"
+    return [told + kept]
 
 
 def _wrapped(line: str) -> list[str]:
@@ -176,9 +228,11 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def _told_in_full(alert: Alert) -> list[str]:
+def _told_in_full(alert: Alert, updates: int) -> list[str]:
     symptom, _, detail = words.spoken(alert)
     seen = f"seen in {words.plural(alert.count, 'update')} from step {alert.step} to {max(alert.step, alert.last_step)}"
+    if not updates:
+        seen = "seen before the first update"
     told = [f"{alert.severity.name} {alert.rule} ({alert.state}), {seen}", f"  what:  {symptom}{f': {detail}' if detail else ''}"]
     place = words.where(alert, room=12)
     rows = (("where", place), ("why", words.why(alert)), ("try", words.remedy(alert)))

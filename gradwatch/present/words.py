@@ -110,8 +110,19 @@ def percent(share: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 update", "3 updates"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """ "1 update", "3 updates", "3 backward passes"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def stopper(error: BaseException | None) -> str:
+    """What ended a run before its time: "ValueError", "sys.exit(3)"; "" where nothing did: no exception, or an exit without an error."""
+    if error is None or isinstance(error, GeneratorExit):
+        return ""
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return f"sys.exit({int(error.code)})" if error.code else ""
+        return "sys.exit"  # with a message, which stands on stderr already
+    return type(error).__name__
 
 
 def ordinal(count: int) -> str:

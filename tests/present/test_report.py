@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gradwatch.history import History, Meta
+from gradwatch.history import History, Meta, Pending
 from gradwatch.present.layers import Layers, latest, median, spread
 from gradwatch.present.report import fall, sparkline, summary, table, verdict
 from gradwatch.records import Severity, SkipReason
@@ -99,6 +99,48 @@ def test_a_block_without_an_update_is_not_called_healthy() -> None:
     assert "healthy" not in line
 
 
+def test_findings_without_an_update_are_told_with_the_backward_passes() -> None:
+    history = chain(2, updates=0)
+    history.pending = Pending(backward_calls=64)
+    never = alert("never_stepped", layers=(), parameters=(), step=0, last_step=0)
+    assert verdict(history, [never], unfinished=1) == [
+        "▲ gradwatch: 1 finding, no update was completed (64 backward passes): the optimizer never steps"
+    ]
+    assert verdict(history, [never], notices=1, stopped_by="KeyboardInterrupt")[1:] == [
+        "  stopped by KeyboardInterrupt; 1 notice in watch.notices"
+    ]
+    assert "seen before the first update" in summary(history, [never])
+
+
+def test_backward_passes_that_completed_no_update_are_told() -> None:
+    history = chain(2, updates=0)
+    history.pending = Pending(backward_calls=1)
+    assert verdict(history, [], unfinished=1) == [
+        "▲ gradwatch: no update was completed (1 backward pass), so nothing was judged",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        pytest.param(0, "stopped by ValueError, no update was seen, so nothing was judged", id="before-the-first"),
+        pytest.param(1, "stopped by ValueError after 1 update, nothing found before; ", id="after-one"),
+        pytest.param(12, "stopped by ValueError after 12 updates, nothing found before; ", id="after-enough-for-health"),
+    ],
+)
+def test_a_run_that_an_exception_ended_is_not_called_healthy(updates: int, said: str) -> None:
+    (line,) = verdict(chain(3, updates=updates), [], stopped_by="ValueError")
+    assert line.startswith(f"▲ gradwatch: {said}")
+    assert "healthy" not in line
+    assert "stopped by ValueError" in " ".join(summary(chain(3, updates=updates), [], stopped_by="ValueError").split())
+
+
+def test_findings_of_a_run_that_an_exception_ended_come_first() -> None:
+    first, second = verdict(chain(3), [alert()], stopped_by="ValueError")
+    assert "1 finding in 20 updates" in first
+    assert second.startswith("  stopped by ValueError; gradient norms within")
+
+
 # -- the spread --------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +161,20 @@ def test_the_spread_leaves_out_what_was_not_observed_and_counts_zeros_and_nans()
     assert apart is not None
     assert (apart.ratio, apart.layers, apart.zero, apart.non_finite) == (2.0, 2, 1, 1)
     assert "gradient norms within ×2.0 over 2 layers, exactly zero in 1 layer, NaN or Inf in 1 layer" in verdict(history, [])[0]
+
+
+def test_a_layer_whose_gradient_has_gone_bad_counts_as_bad_however_good_it_was_before() -> None:
+    history = history_of({"a": ("weight",), "b": ("weight",)}, np.ones((30, 2)), grad_nonfinite=[[0, 0]] * 28 + [[3, 0]] * 2)
+    assert "1 layer, NaN or Inf in 1 layer" in verdict(history, [])[0]
+    history = history_of({"a": ("weight",)}, np.ones((30, 1)), grad_nonfinite=[[0]] * 28 + [[3]] * 2)
+    assert "; gradient NaN or Inf in 1 layer" in verdict(history, [])[0]
+
+
+def test_an_overflow_that_the_scaler_skipped_at_the_end_is_no_bad_gradient() -> None:
+    nonfinite, reasons = [[0]] * 28 + [[3]] * 2, [SkipReason.NONE] * 28 + [SkipReason.SCALER] * 2
+    history = history_of({"a": ("weight",)}, np.ones((30, 1)), grad_nonfinite=nonfinite, skip_reason=reasons)
+    assert "NaN" not in verdict(history, [])[0]
+    assert Layers.of(history).states(history, []) == ["ok"]
 
 
 def test_the_spread_honours_the_scope() -> None:
@@ -206,6 +262,11 @@ def test_the_table_leaves_out_what_is_out_of_scope_and_says_so() -> None:
     assert lines[-1] == "1 layer left out by include and exclude"
 
 
+def test_without_a_record_no_layer_is_said_to_lack_a_gradient() -> None:
+    history = history_of({"a": ("weight",), "b": ("weight",)}, np.zeros((0, 2)), frozen=("b",))
+    assert Layers.of(history).states(history, []) == ["not seen", "frozen"]
+
+
 def test_alerts_without_a_layer_stand_below_the_table() -> None:
     lines = drawn(chain(2), alert("never_stepped", layers=(), message="12 backward passes"))
     assert lines[-1] == "▲ the optimizer never steps since step 0: 12 backward passes"
@@ -221,7 +282,7 @@ def test_the_table_fits_80_columns_and_ascii() -> None:
 
 
 def test_a_history_without_a_record_has_a_table_too() -> None:
-    assert row_of(drawn(chain(2, updates=0)), "layers.0").split() == ["layers.0", "Linear", "-", "-", "-", "no", "gradient"]
+    assert row_of(drawn(chain(2, updates=0)), "layers.0").split() == ["layers.0", "Linear", "-", "-", "-", "not", "seen"]
     assert drawn(History(Meta()))
 
 
@@ -315,6 +376,39 @@ def test_the_summary_tells_everything_in_ascii() -> None:
     assert "cost 40 us an update, under 0.1 %" in " ".join(text.split())
     assert "notice: attached after compiling" in text
     assert len(re.findall(r"^layers\.\d ", text, re.MULTILINE)) == 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "terms", "said"),
+    [
+        pytest.param([2.0, 1.5, 1.0], [1, 1, 1], "loss 2 -> 1", id="finite"),
+        pytest.param([2.0, 1.5, NAN], [1, 1, 1], "loss 2 -> NaN, last finite: 1.5 at step 1", id="nan-now"),
+        pytest.param([2.0, math.inf, NAN], [1, 1, 1], "loss 2 -> NaN, last finite: 2 at step 0", id="inf-then-nan"),
+        pytest.param([NAN, NAN, NAN], [1, 1, 1], "loss NaN -> NaN, never finite", id="never-finite"),
+        pytest.param([2.0, NAN, 1.0], [1, 1, 1], "loss 2 -> 1, NaN or Inf in 1 update", id="nan-between"),
+        pytest.param([2.0, 1.5, NAN], [1, 1, 0], "loss 2 -> 1.5", id="not-seen-at-last"),
+        pytest.param([NAN, NAN, NAN], [0, 0, 0], None, id="never-seen"),
+    ],
+)
+def test_the_summary_hides_no_loss_that_is_not_finite_now(loss: list[float], terms: list[int], said: str | None) -> None:
+    text = summary(history_of({"a": ("weight",)}, np.ones((3, 1)), loss=loss, loss_terms=terms), [])
+    assert [line.strip() for line in text.splitlines() if line.startswith("  loss")] == ([] if said is None else [said])
+
+
+def test_the_last_finite_loss_has_its_step_where_not_all_updates_are_kept() -> None:
+    loss = [2.0] * 6 + [1.5, NAN]
+    history = history_of({"a": ("weight",)}, np.ones((8, 1)), loss=loss, loss_terms=[1] * 8, window=4)
+    assert "  loss 2 -> NaN, last finite: 1.5 at step 6 (updates 4 to 7, the ones kept)" in summary(history, [])
+
+
+def test_the_summary_of_a_watch_that_was_never_attached_says_so() -> None:
+    assert summary(chain(1, updates=0), [], attached=False).startswith(
+        "! gradwatch: it was never attached, so nothing was judged\n"
+    )
+
+
+def test_the_summary_of_nothing_at_all_has_no_table() -> None:
+    assert summary(History(Meta()), []) == "! gradwatch: no update was seen, so nothing was judged"
 
 
 def test_reports_are_made_without_torch() -> None:
