@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,17 @@ class Meta:
     def in_scope(self) -> NDArray[np.bool_]:
         """`[P]`."""
         return np.array([f.in_scope for f in self.parameters], bool)
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """Names of the parameters and layers that are not in scope."""
+        parameters = {f.name for f in self.parameters if not f.in_scope}
+        return frozenset(parameters.union(f.name for f in self.layers if not f.in_scope))
+
+    @cached_property
+    def derived(self) -> dict[type, Any]:
+        """What those who read the facts have worked out from them, by its class: it is kept with them and dies with them."""
+        return {}
 
     @cached_property
     def ndim(self) -> NDArray[np.int64]:

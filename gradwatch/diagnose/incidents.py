@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any
 
 from gradwatch.diagnose.advice import explain
-from gradwatch.diagnose.naming import layers_of, overlap
+from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding
@@ -61,7 +61,6 @@ class Incidents:
         self._notice = notice
         self._off: set[int] = set()
         self._incidents: list[_Incident] = []
-        self._named: tuple[Any, tuple[str, ...], tuple[str, ...]] | None = None
 
     @property
     def alerts(self) -> tuple[Alert, ...]:
@@ -127,22 +126,14 @@ class Incidents:
         parameters, layers = _names(finding.parameters), _names(finding.layers)
         if parameters or layers:
             meta = history.meta
-            if not meta.in_scope.all():
-                hidden = {fact.name for fact in meta.parameters if not fact.in_scope}
-                parameters = tuple(name for name in parameters if name not in hidden)
-                hidden = {fact.name for fact in meta.layers if not fact.in_scope}
-                layers = tuple(name for name in layers if name not in hidden)
+            if meta.hidden:
+                parameters = tuple(name for name in parameters if name not in meta.hidden)
+                layers = tuple(name for name in layers if name not in meta.hidden)
                 if not parameters and not layers:
                     return None
             if not layers:
-                layers = self._layers_of(history, parameters)
+                layers = layers_of(meta, parameters)
         return replace(finding, step=int(finding.step), parameters=parameters, layers=layers, evidence=evidence)
-
-    def _layers_of(self, history: History, parameters: tuple[str, ...]) -> tuple[str, ...]:
-        # A persistent finding names the same parameters at every update, and names of 20,000 take a while to fold.
-        if self._named is None or self._named[0] is not history.meta or self._named[1] != parameters:
-            self._named = (history.meta, parameters, layers_of(history.meta, parameters))
-        return self._named[2]
 
     # -- incidents -----------------------------------------------------------------------------------------------------------------
 
@@ -240,10 +231,10 @@ class Incidents:
         # A finding that names parameters is the more exact of two.
         if bool(finding.parameters) != bool(alert.parameters):
             return {"parameters": finding.parameters, "layers": finding.layers} if finding.parameters else {}
-        parameters = tuple(dict.fromkeys(finding.parameters + alert.parameters))
+        parameters = merged(history.meta, finding.parameters, alert.parameters)
         if parameters == alert.parameters and set(finding.layers) <= set(alert.layers):
             return {}
-        layers = self._layers_of(history, parameters) if parameters else tuple(dict.fromkeys(finding.layers + alert.layers))
+        layers = layers_of(history.meta, parameters) if parameters else tuple(dict.fromkeys(finding.layers + alert.layers))
         return {"parameters": parameters, "layers": layers}
 
     def _end(self, history: History) -> list[Alert]:

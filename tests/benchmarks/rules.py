@@ -1,7 +1,7 @@
-"""What the rules cost: python -m tests.benchmarks.rules [layers ...]
+"""What the rules cost: python -m tests.benchmarks.rules [layers ...] [scenario ...]
 
-Time of one update of the baselines and all default rules, mean over 64 updates after the first 16, for networks of Linear layers. A
-healthy run, and one in which the lower half of the network starves, so that there is something to tell at every update.
+Time of one update of the baselines and all default rules, mean over 64 updates after the first 16, for networks of Linear layers: a
+healthy run, and runs in which there is something to tell about half of the network or all of it at every update.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import default_rules
@@ -37,22 +38,34 @@ def history(layers: int) -> History:
     return History(Meta(tuple(parameters), tuple(facts)), window=512)
 
 
-def measure(layers: int, sick: bool) -> dict[str, float]:
+def scenarios(columns: int) -> dict[str, NDArray[np.float64]]:
+    """Gradient norms `[P]` by what is wrong, the input first; NaN: no backward reaches the parameter."""
+    lower = np.arange(columns) < columns // 2
+    return {
+        "healthy": np.ones(columns),
+        "starved": np.where(lower, 1e-6, 1.0),
+        "fading": np.logspace(-6, 0, columns),
+        "growing": np.logspace(6, 0, columns),
+        "zero": np.where(lower, 0.0, 1.0),
+        "missing": np.where(lower, np.nan, 1.0),
+    }
+
+
+def measure(layers: int, norms: NDArray[np.float64]) -> dict[str, float]:
     """Milliseconds an update, by part."""
     h = history(layers)
     incidents = Incidents(default_rules(), notice=print)
     random = np.random.default_rng(0)
-    columns = len(h.parameters)
+    reached = ~np.isnan(norms)
     spent = dict.fromkeys(["baselines", *(rule.__name__ for rule in default_rules()), "all of judge"], 0.0)
     for step in range(WARM + UPDATES):
         row = h.blank_row()
-        row["grad_norm"] = random.lognormal(0.0, 0.3, columns)
-        if sick:
-            row["grad_norm"][: columns // 2] *= 1e-6
-        row["grad_nonfinite"], row["weight_norm"], row["update_ratio"], row["lr"] = 0, 6.4, 1e-3, 0.1
-        row["grad_state"] = GradState.REACHED | GradState.STEPPED
+        row["grad_norm"] = norms * random.lognormal(0.0, 0.3, len(norms))
+        row["grad_nonfinite"] = np.where(reached, 0.0, np.nan)
+        row["weight_norm"], row["update_ratio"], row["lr"] = 6.4, 1e-3, 0.1
+        row["grad_state"] = np.where(reached, GradState.REACHED | GradState.STEPPED, GradState.STEPPED)
         row["loss"], row["backward_calls"], row["loss_terms"] = 1.0, 1, 1
-        row["total_norm"] = np.sqrt(np.square(row["grad_norm"]).sum())
+        row["total_norm"] = np.sqrt(np.nansum(np.square(row["grad_norm"])))
         h._ring.append(row)
         parts = [("baselines", lambda row=row: h.baselines.update(row, h.recorded - 1))]
         parts += [(rule.__name__, lambda rule=rule: list(rule(h))) for rule in default_rules()]
@@ -67,12 +80,16 @@ def measure(layers: int, sick: bool) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    for layers in [int(a) for a in sys.argv[1:]] or [20, 100, 1000, 10_000]:
-        for sick in (False, True):
-            spent = measure(layers, sick)
+    arguments = sys.argv[1:]
+    chosen = [a for a in arguments if not a.isdigit()]
+    for layers in [int(a) for a in arguments if a.isdigit()] or [20, 100, 1000, 10_000]:
+        for name, norms in scenarios(2 * layers).items():
+            if chosen and name not in chosen:
+                continue
+            spent = measure(layers, norms)
             whole = spent["baselines"] + spent["all of judge"]
-            print(f"{layers:6d} layers, {'sick   ' if sick else 'healthy'}: {whole:7.3f} ms an update", end="  (")
-            print(", ".join(f"{name} {ms:.3f}" for name, ms in sorted(spent.items(), key=lambda kv: -kv[1])[:7]) + ")")
+            print(f"{layers:6d} layers, {name:7s}: {whole:7.3f} ms an update", end="  (")
+            print(", ".join(f"{part} {ms:.3f}" for part, ms in sorted(spent.items(), key=lambda kv: -kv[1])[:5]) + ")")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gradwatch.diagnose.naming import ancestors, layers_of, overlap
+from gradwatch.diagnose.naming import layers_of, overlap
+from gradwatch.diagnose.tree import ancestors
 from gradwatch.history import LayerFact, Meta, ParameterFact
 
 

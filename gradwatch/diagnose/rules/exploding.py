@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.arrays import median, median_of_rows, members
+from gradwatch.diagnose.naming import named
+from gradwatch.diagnose.rules.deltas import Deltas, Modules, deltas_of
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
-from gradwatch.diagnose.rules.rule import ALWAYS, patient, persistent
+from gradwatch.diagnose.rules.rule import is_turn, looked_back, patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
-
-DECADE = float(np.log(10.0))
 
 GROWTH = 3.5
 """Decades of growth towards the input that need no explanation. Healthy networks of the zoo stay below 2.6 (a WGAN's critic)."""
@@ -45,11 +45,6 @@ activation and normalisation takes at most 6."""
 IMMENSE = 5.0
 """Decades of explained growth that need no persistence: such a run is seldom alive at update 10."""
 
-MANY = 4000
-"""Parameters from which growth is looked at closely in one update of `TURNS` only: at update 11, 15, ..."""
-
-TURNS = 4
-
 LASTING = 8
 """Of the last 10 observations, how many in a row must show it, up to the last."""
 
@@ -74,7 +69,8 @@ UNKNOWN_LOSS = 4.0
 NULL_BIAS = 5.5
 """Decades below its weight's from which a bias's gradient is rounding (before a normalisation: 6 to 9, measured) and not the delta."""
 
-RELUS = frozenset({"ReLU", "LeakyReLU", "GELU", "SiLU", "PReLU", "RReLU", "ReLU6", "Mish", "CELU"})
+MANY = 4000
+"""Parameters from which growth is looked at closely by turns only: at update 11, 12, 15, ... A look at 20,000 takes 4 ms (measured)."""
 
 
 @patient
@@ -101,44 +97,6 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True)
-class _Modules:
-    """Modules that hold a matrix or normalise, and that the last observations cover, M of them, in the order of execution."""
-
-    layout: Layout
-    places: NDArray[np.int64]
-    """`[K]`, places in the layout of all their parameters."""
-    owner: NDArray[np.int64]
-    """`[K]`, which of the M each belongs to."""
-    delta: NDArray[np.float64]
-    """`[T, M]`, decades: what stands for the delta at the module, its bias's gradient if that is not mere rounding."""
-    bias: NDArray[np.float64]
-    """`[T, M]`, decades: the same, but its bias's gradient wherever that is not zero."""
-    own: NDArray[np.bool_]
-    """`[M]`: `delta` is its bias's gradient."""
-    gain: NDArray[np.float64]
-    """`[M]`, factor by which its weights enlarge what passes, 1 keeps the scale; NaN for a normalisation."""
-    distance: NDArray[np.float64]
-    head: NDArray[np.bool_]
-    norm: NDArray[np.bool_]
-
-    def pick(self, keep: NDArray[np.bool_]) -> _Modules:
-        index = np.cumsum(keep) - 1
-        inside = keep[self.owner]
-        return _Modules(
-            self.layout,
-            self.places[inside],
-            index[self.owner[inside]],
-            self.delta[:, keep],
-            self.bias[:, keep],
-            self.own[keep],
-            self.gain[keep],
-            self.distance[keep],
-            self.head[keep],
-            self.norm[keep],
-        )
-
-
-@dataclass(frozen=True)
 class _Growth:
     decades: float
     cut: int
@@ -159,23 +117,21 @@ def _across_depth(history: History) -> Finding | None:
     # A cheap look first: in most updates of most runs there is nothing to see.
     if not poisoned and not _may_grow(history, layout, now):
         return None
-    # Later on, while all is calm, a rule is asked by other turns (`is_due`), and may not miss both.
-    turn = history.recorded % TURNS == 3 or (history.recorded > ALWAYS and history.recorded % 3 == 0)
-    if len(layout.columns) > MANY and not (turn or poisoned or history.ended):
+    if len(layout.columns) > MANY and not (is_turn(history.recorded) or poisoned or history.ended):
         return None
     if not poisoned and progress(history) is Progress.LOW:
         return None  # a network that has learned its task: what is left of the gradient has no shape that matters
     known = (layout.take(b.seen) >= (1 if poisoned else 3)) & (layout.reference | layout.norm) & (np.isfinite(now) | bad)
     if known.sum() < 2:
         return None
-    m = _modules(history, layout, np.flatnonzero(known))
-    if m is None:
+    deltas = deltas_of(history, known, NULL_BIAS)
+    if deltas is None:
         return None
-    early = len(m.delta) < WINDOW
-    growth = _growth(m, bool(m.norm.any()), early)
+    early = len(deltas.delta) < WINDOW
+    growth = _growth(deltas, early)
     if growth is not None:
-        return _told(history, m, growth)
-    return None if early else _forward(history, m)
+        return _told(history, deltas, growth)
+    return None if early else _forward(history, deltas)
 
 
 def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> bool:
@@ -194,67 +150,21 @@ def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> boo
     return not layout.norm.any() and total >= 0.3 * LARGE * np.sqrt(size)
 
 
-def _modules(history: History, layout: Layout, places: NDArray[np.int64]) -> _Modules | None:
-    b = history.baselines
-    columns = layout.columns[places]
-    seen = b.seen[columns]
-    depth = int(min(WINDOW, seen.max()))
-    logs = np.roll(b.last[:, columns], -(int(seen.max()) % WINDOW), axis=0)[WINDOW - depth :].astype(float) / DECADE
-    numbers, owner = np.unique(layout.layer[places], return_inverse=True)
-    count = len(numbers)
-    matrix = layout.matrix[places]
-    strong = matrix | (layout.norm[places] & layout.scale[places])
-    weight, bias = np.full((depth, count), -np.inf), np.full((depth, count), -np.inf)
-    logs = np.where(np.isnan(logs), -np.inf, logs)
-    for values, mask in ((weight, strong), (bias, ~strong)):
-        cells: Any = (slice(None), owner[mask])  # numpy's stubs know one axis only
-        np.maximum.at(values, cells, logs[:, mask])
-    gain, distance = np.full(count, np.nan), np.full(count, np.inf)
-    np.fmax.at(gain, owner, b.weight_norm[columns].astype(float) * layout.gain[places] / _relu_gain(history))
-    np.minimum.at(distance, owner, np.nan_to_num(layout.distance[places], nan=np.inf))
-    head, norm = np.zeros(count, bool), np.zeros(count, bool)
-    np.logical_or.at(head, owner, layout.head[places])
-    np.logical_or.at(norm, owner, layout.norm[places])
-    own = bias >= weight - NULL_BIAS
-    delta = np.where(own, bias, weight)
-    told = np.asarray(own.all(axis=0))
-    _through_norms(delta, told, norm)
-    m = _Modules(layout, places, owner, delta, np.where(bias > -44.0, bias, weight), told, gain, distance, head, norm)
-    keep = np.asarray(np.isfinite(delta).all(axis=0))
-    if not keep.all():
-        m = m.pick(keep)
-    return m if m.delta.shape[1] >= 2 else None
-
-
-def _through_norms(delta: NDArray[np.float64], own: NDArray[np.bool_], norm: NDArray[np.bool_]) -> None:
-    """Give a module without a bias of its own the delta of the normalisation right behind it, and the one before that: what a weight
-    gets depends on the size of its input, too."""
-    for i in range(len(norm) - 2, -1, -1):
-        if not norm[i] and not own[i] and norm[i + 1 : i + 3].any():
-            delta[:, i] = delta[:, i + 1]
-
-
-def _relu_gain(history: History) -> float:
-    """What an activation leaves of the scale: ReLUs and their kin 1 in sqrt(2), others all of it."""
-    types = [fact.activation for fact in history.meta.layers if fact.activation]
-    relus = sum(name in RELUS for name in types)
-    return float(np.sqrt(2.0)) if relus * 2 > len(types) else 1.0
-
-
-def _growth(m: _Modules, normalised: bool, early: bool) -> _Growth | None:
-    t = min(LASTING, len(m.delta))
+def _growth(deltas: Deltas, early: bool) -> _Growth | None:
+    m, t = deltas.modules, min(LASTING, len(deltas.delta))
+    normalised = bool(m.norm.any())
     with np.errstate(divide="ignore", invalid="ignore"):
-        gains = np.nan_to_num(np.log10(m.gain), nan=0.0, neginf=0.0)
-    strong = np.where((gains >= np.log10(GAIN)) & ~_normalised_behind(m.norm), gains, 0.0)
+        gains = np.nan_to_num(np.log10(deltas.gain), nan=0.0, neginf=0.0)
+    strong = np.where((gains >= np.log10(GAIN)) & ~m.normalised_behind, gains, 0.0)
     # A recurrent matrix is passed again and again: it is executed early and yet close to the loss.
     again = np.append(False, m.distance[:-1] - m.distance[1:] >= AGAIN)
     best: _Growth | None = None
-    for values, deep in ((m.delta, False), (m.bias, True)):
+    for values, deep in ((deltas.delta, False), (deltas.bias, True)):
         # Where activations explode too, all weights' gradients are alike and a bias's far below: then it alone is the delta.
         if deep and (normalised or not strong.any()):
             continue
         values = _without_first_norm(values, m.norm)
-        level = np.median(values[-t:], axis=0)
+        level = median_of_rows(values[-t:])
         behind = _largest_behind(level)
         # What lies behind a cut has to be nearer to the loss than all that lies before it, or it is another branch.
         nearest = np.append(np.minimum.accumulate(m.distance[::-1])[-2::-1], np.inf)
@@ -271,21 +181,25 @@ def _growth(m: _Modules, normalised: bool, early: bool) -> _Growth | None:
             limit = GROWTH_NORMALISED if normalised else GROWTH
             hit = (grown >= np.where(explained, GROWTH_EXPLAINED, limit)) | _abrupt(m, level, behind, grown)
         # The place with the largest growth that is there in each observation.
-        for place in np.flatnonzero(hit)[np.argsort(-grown[hit], kind="stable")][:8]:
-            cut = int(place) + 1
+        left = np.where(hit, grown, -np.inf)
+        for place in (int(left.argmax()) for _ in range(min(8, int(hit.sum())))):
+            left[place], cut = -np.inf, place + 1
             if best is not None and grown[place] <= best.decades:
                 break
-            each = np.sort(values[-t:, :cut], axis=1)[:, -2 if cut > 1 else -1] - values[-t:, cut:].max(axis=1)
+            each = _second(values[-t:, :cut]) - values[-t:, cut:].max(axis=1)
             if float(each.min()) >= 0.6 * float(grown[place]):
                 best = _Growth(float(grown[place]), cut, bool(explained[place]), deep, level)
                 break
     return best
 
 
-def _normalised_behind(norm: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`[M]`: one of the next two modules is a normalisation, which takes the scale of the weights out again."""
-    behind: NDArray[np.bool_] = np.append(norm[1:], False) | np.append(norm[2:], (False, False))[: len(norm)]
-    return behind
+def _second(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[T]`: the second largest of each row, the largest where there is one only."""
+    if values.shape[1] > 1:
+        values = values.copy()
+        values[np.arange(len(values)), values.argmax(axis=1)] = -np.inf
+    second: NDArray[np.float64] = values.max(axis=1)
+    return second
 
 
 def _largest_behind(level: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -293,14 +207,14 @@ def _largest_behind(level: NDArray[np.float64]) -> NDArray[np.float64]:
     return largest
 
 
-def _abrupt(m: _Modules, level: NDArray[np.float64], behind: NDArray[np.float64], grown: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64], grown: NDArray[np.float64]) -> NDArray[np.bool_]:
     """`[M]`: right behind the module the gradient is enlarged by something that is no weight: in one place, or at each of a few."""
     count = len(level)
     steps = np.append(level[:-1] - level[1:], -np.inf)
     above = np.cumsum(~m.norm)
     hit: NDArray[np.bool_] = (steps >= JUMP) & (above[-1] - above >= 2) & ~np.append(m.norm[1:], True) & (grown >= 1.0)
     for place in np.flatnonzero(hit):
-        hit[place] = float(np.median(level[: place + 1])) - behind[place] >= 1.0
+        hit[place] = median(level[: place + 1]) - behind[place] >= 1.0
     if count > 4:
         stairs = (steps[:-1] >= STAIR).astype(np.int64)
         four = np.convolve(stairs, np.ones(4, np.int64))[: count - 1] == 4
@@ -321,21 +235,21 @@ def _without_first_norm(values: NDArray[np.float64], norm: NDArray[np.bool_]) ->
     return values
 
 
-def _told(history: History, m: _Modules, growth: _Growth) -> Finding:
-    level, cut = growth.level, growth.cut
+def _told(history: History, deltas: Deltas, growth: _Growth) -> Finding:
+    m, level, cut = deltas.modules, growth.level, growth.cut
     reference = float(level[cut:].max())
     sick = np.flatnonzero(level[:cut] >= reference + min(1.5, 0.5 * growth.decades))
     sick = sick[np.argsort(-level[sick], kind="stable")]
     top = float(level[sick[0]])
     ratio = 10.0 ** (top - reference)
-    after = _module_name(history, m, cut + int(level[cut:].argmax()))
+    after = history.meta.parameters[m.columns[m.start[cut + int(level[cut:].argmax())]]].layer or "(model)"
     steps = level[:-1] - level[1:]
-    strong = m.gain[m.gain >= GAIN]
+    strong = deltas.gain[deltas.gain >= GAIN]
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
-        _since(history, m, sick, growth),
-        parameters=_names(history, m, sick),
+        _since(history, deltas, sick, growth),
+        parameters=named(history.meta, m.columns_of(sick)),
         message=f"the gradient grows {ratio:.0e} times towards the input, from {10.0**reference:.1e} at {after}",
         evidence={
             "ratio": ratio,
@@ -349,17 +263,17 @@ def _told(history: History, m: _Modules, growth: _Growth) -> Finding:
     )
 
 
-def _forward(history: History, m: _Modules) -> Finding | None:
+def _forward(history: History, deltas: Deltas) -> Finding | None:
     """Weights that enlarge the signal in a network without normalisation, and gradients to match."""
-    b = history.baselines
-    if m.norm.any() or any(fact.kind == "normalization" for fact in history.meta.layers):
+    b, m = history.baselines, deltas.modules
+    if m.norm.any() or layout_of(history.meta).normalised:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        gains = np.log10(m.gain)
+        gains = np.log10(deltas.gain)
     strong = gains >= np.log10(GAIN)
     if strong.sum() < 4 or float(np.nansum(gains)) < FORWARD:
         return None
-    columns = m.layout.columns[m.places[m.layout.matrix[m.places]]]
+    columns = m.columns[m.matrix]
     totals = np.sqrt(np.square(np.exp(b.last[:, columns].astype(float))).sum(axis=1))
     weights = float(np.sqrt(np.nansum(np.square(b.weight_norm[columns].astype(float)))))
     if weights <= 0 or not float(np.median(totals)) >= LARGE * weights:
@@ -376,7 +290,7 @@ def _forward(history: History, m: _Modules) -> Finding | None:
         "exploding_gradient",
         Severity.ERROR,
         int(steps[0] if not small.size else steps[min(small[-1] + 1, len(steps) - 1)]),
-        parameters=_names(history, m, sick),
+        parameters=named(history.meta, m.columns_of(sick)),
         message=f"the weights enlarge a signal {factor:.0e} times and the gradient norm is {size:.1e}",
         evidence={
             "ratio": factor,
@@ -438,38 +352,29 @@ def _in_time(history: History) -> Finding | None:
 
 
 def _everything(history: History) -> tuple[str, ...]:
-    names = {fact.name for fact in history.meta.layers}
-    return ("",) if "" in names else ()
+    return ("",) if "" in history.layers else ()
 
 
-def _names(history: History, m: _Modules, sick: NDArray[np.int64]) -> tuple[str, ...]:
-    names = []
-    for module in sick:
-        names += [history.meta.parameters[m.layout.columns[p]].name for p in m.places[m.owner == module]]
-    return tuple(names)
-
-
-def _module_name(history: History, m: _Modules, module: int) -> str:
-    place = m.places[m.owner == module][0]
-    return history.meta.parameters[m.layout.columns[place]].layer or "(model)"
-
-
-def _since(history: History, m: _Modules, sick: NDArray[np.int64], growth: _Growth) -> int:
+def _since(history: History, deltas: Deltas, sick: NDArray[np.int64], growth: _Growth) -> int:
     """The first of the kept records since when a third of the growth, in decades, has been there."""
-    back = history.recent("grad_norm", 64)
+    m, back = deltas.modules, history.recent("grad_norm", looked_back(len(deltas.modules.columns)))
     # Of each module what stood for its delta: its bias, or its weight where that tells more.
-    by_bias = m.own | growth.deep
-    speaks = by_bias[m.owner] != m.layout.matrix[m.places]
-    of, owner = m.places[speaks], m.owner[speaks]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(np.maximum(back[:, m.layout.columns[of]], 1e-45))
-    chosen, rest = np.isin(owner, sick[:2]), owner >= growth.cut
-    if not chosen.any() or not rest.any():
+    by_bias = deltas.own | growth.deep
+    speaks = by_bias[m.owner] != m.matrix
+    of, owner = m.columns[speaks], m.owner[speaks]
+    chosen, rest = of[members(sick[:2], len(m))[owner]], of[owner >= growth.cut]
+    if not chosen.size or not rest.size:
         return int(history.steps[-1])
-    with np.errstate(invalid="ignore"):
-        apart = np.fmax.reduce(logs[:, chosen], axis=1) - np.fmax.reduce(logs[:, rest], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = _largest_log(back.take(chosen, axis=1)) - _largest_log(back.take(rest, axis=1))
     steps = history.steps[-len(back) :]
     well = np.flatnonzero(np.isfinite(apart) & (apart < 0.35 * growth.decades))
     if not well.size:
         return int(steps[0])
     return int(steps[min(well[-1] + 1, len(steps) - 1)])
+
+
+def _largest_log(norms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`[T]`, decades: of those observed in each row."""
+    largest: NDArray[np.float32] = np.log10(np.maximum(np.fmax.reduce(norms, axis=1), 1e-45))
+    return largest

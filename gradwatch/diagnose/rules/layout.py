@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.history import Meta
+
+RELUS = frozenset({"ReLU", "LeakyReLU", "GELU", "SiLU", "PReLU", "RReLU", "ReLU6", "Mish", "CELU"})
 
 T = TypeVar("T", bound=np.generic)
 
@@ -31,11 +33,16 @@ class Layout:
         gain: `[N]`, `sqrt(fan_in)` of a matrix over the square root of its size: times its norm, what it does to the scale of its
             input, 1 where it keeps it; NaN for others.
         layer: `[N]`, number of the module, counted in this order; the columns of a module need not be neighbours.
+        around: `[N]`, number of the module that holds its module, counted likewise; -1 for the model itself.
+        embedding: `[N]`, belongs to an embedding.
         layers: number of modules.
+        arounds: number of modules that hold modules.
         roles: some module has a role.
         branches: number of branches that hold a parameter.
         straight: `columns` are all columns in their own order.
         measure: `reference` holds for all.
+        normalised: some module is a normalisation, with parameters or without.
+        relus: most activations are ReLUs or their kin.
     """
 
     columns: NDArray[np.int64]
@@ -49,27 +56,39 @@ class Layout:
     blank: NDArray[np.bool_]
     gain: NDArray[np.float64]
     layer: NDArray[np.int64]
+    around: NDArray[np.int64]
+    embedding: NDArray[np.bool_]
     layers: int
+    arounds: int
     roles: bool
     branches: int
     straight: bool
     measure: bool
+    normalised: bool
+    relus: bool
 
     def take(self, values: NDArray[T]) -> NDArray[T]:
         """Pick the columns, along the last axis."""
         if self.straight:
             return values
-        taken: NDArray[T] = values[..., self.columns]
+        taken: NDArray[T] = values.take(self.columns, axis=-1)
         return taken
+
+    def narrow(self, keep: NDArray[np.bool_]) -> Layout:
+        """The same of some of the columns only, `keep` being `[N]`; numbers and what is said of the whole stay."""
+        if keep.all():
+            return self
+        arrays: dict[str, Any] = {name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, straight=False, **arrays)
 
 
 def layout_of(meta: Meta) -> Layout:
     """The layout of a model, computed once for each `Meta`."""
-    # Kept with the facts it is derived from, as their own cached properties are: it dies with them, and needs no hash of them.
-    kept = meta.__dict__.get("_layout")
-    if not isinstance(kept, Layout):
-        kept = meta.__dict__["_layout"] = _make(meta)
-    return kept
+    kept = meta.derived.get(Layout)
+    if kept is None:
+        kept = meta.derived[Layout] = _make(meta)
+    layout: Layout = kept
+    return layout
 
 
 def _make(meta: Meta) -> Layout:
@@ -81,8 +100,12 @@ def _make(meta: Meta) -> Layout:
     solid = {f.layer for f in facts if len(f.shape) >= 2}
     role = {f.name: f.role for f in meta.layers}
     norms = {f.name for f in meta.layers if f.kind == "normalization"}
+    embeddings = {f.name for f in meta.layers if f.kind == "embedding"}
+    activations = [f.activation for f in meta.layers if f.activation]
     number: dict[str, int] = {}
+    holder: dict[str, int] = {"": -1}
     layer = np.array([number.setdefault(f.layer, len(number)) for f in facts], np.int64)
+    around = np.array([holder.setdefault(f.layer.rpartition(".")[0], len(holder) - 1) for f in facts], np.int64)
     first = np.zeros(len(facts), bool)
     first[np.unique(layer, return_index=True)[1]] = True
     entry = np.array([role.get(f.layer) == "input" for f in facts], bool)
@@ -100,11 +123,16 @@ def _make(meta: Meta) -> Layout:
         blank=np.array([len(f.shape) >= 2 and f.init_rms == 0.0 for f in facts], bool),
         gain=np.array([_gain(f.shape) for f in facts], float),
         layer=layer,
+        around=around,
+        embedding=np.array([f.layer in embeddings for f in facts], bool),
         layers=len(number),
+        arounds=len(holder) - 1,
         roles=any(role.values()),
         branches=len(np.unique(branch)),
         straight=bool(len(columns) == len(meta.parameters) and (columns == np.arange(len(columns))).all()),
         measure=bool(reference.all()),
+        normalised=any(f.kind == "normalization" for f in meta.layers),
+        relus=2 * sum(name in RELUS for name in activations) > len(activations),
     )
 
 

@@ -8,8 +8,11 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.diagnose.lists import Lists, lists_of
+from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.rule import patient, persistent
-from gradwatch.history import History
+from gradwatch.diagnose.tree import tree_of
+from gradwatch.history import History, Meta
 from gradwatch.records import Finding, Severity
 
 STALE_STEPS = 5
@@ -61,7 +64,7 @@ def gradients_not_zeroed(history: History) -> Iterator[Finding]:
         "gradients_not_zeroed",
         Severity.ERROR,
         step,
-        parameters=_named(history, sick),
+        parameters=named(history.meta, np.flatnonzero(sick)),
         message=f"{worst} of the last {of} steps used gradients that still held an earlier step's",
         evidence={"stale_steps": worst, "steps": of, "parameters": int(sick.sum())},
     )
@@ -121,26 +124,13 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     idle = (b.missed >= window) & meta.trainable & meta.owned
     if not idle.any():
         return
-    whole, calls = _idle_modules(history, idle), None
-    alarms, notes = np.zeros_like(idle), np.zeros_like(idle)
-    for i in np.flatnonzero(idle):
-        fact = meta.parameters[i]
-        if not whole[i]:
-            notes[i] = True
-            continue
-        equals = _equals(history, fact.layer)
-        if calls is None:
-            calls = history.recent("calls", MISSED_UNCALLED)
-        at = meta.layer_index[i]
-        uncalled = at >= 0 and bool(np.nanmax(calls[:, at], initial=-1.0) == 0.0)
-        if _is_expert(history, fact.layer, equals):
-            notes[i] = True
-        elif (
-            b.missed[i] >= MISSED_UNCALLED
-            or (history.ended and b.reached[i] == 0)
-            or not (uncalled or (equals and b.reached[i] == 0))
-        ):
-            alarms[i] = True
+    whole = idle & _idle_modules(meta, idle)
+    lists, never = lists_of(meta), b.reached == 0
+    expert = whole & _experts(history, lists)
+    due = (b.missed >= MISSED_UNCALLED) | (never & history.ended)
+    open_ = whole & ~expert & ~due & ~(lists.equals & never)
+    alarms = (whole & ~expert & due) | (open_ & ~_uncalled(history, open_))
+    notes = (idle & ~whole) | expert
     for mask, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):
         if mask.any():
             missed = int(b.missed[mask].min())
@@ -150,7 +140,7 @@ def missing_gradient(history: History) -> Iterator[Finding]:
                 "missing_gradient",
                 severity,
                 step,
-                parameters=_named(history, mask),
+                parameters=named(meta, np.flatnonzero(mask)),
                 message=f"no gradient {ever} in {missed} steps for {_count(int(mask.sum()), 'parameter')}",
                 evidence={"missed_steps": missed, "parameters": int(mask.sum())},
             )
@@ -176,7 +166,7 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
             "not_in_optimizer",
             Severity.ERROR,
             max(0, int(since.min())),
-            parameters=_named(history, orphans),
+            parameters=named(meta, np.flatnonzero(orphans)),
             message=f"{_count(int(orphans.sum()), 'parameter')} got gradients in {records} updates and no optimizer steps them",
             evidence={"updates": records, "parameters": int(orphans.sum())},
         )
@@ -209,10 +199,6 @@ def _first_one(bits: int) -> int:
     return 10 - bits.bit_length()
 
 
-def _named(history: History, mask: NDArray[np.bool_]) -> tuple[str, ...]:
-    return tuple(history.parameters[i] for i in np.flatnonzero(mask))
-
-
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
@@ -223,54 +209,24 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return f"({text}{', …' if len(set(shapes)) > 3 else ''})"
 
 
-def _idle_modules(history: History, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _idle_modules(meta: Meta, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`[P]`: every trainable parameter of its module, and of the modules below that, is idle."""
-    meta = history.meta
-    busy_below: set[str] = set()
-    for i in np.flatnonzero(meta.trainable & ~idle):
-        name = meta.parameters[i].layer
-        while name not in busy_below:
-            busy_below.add(name)
-            if not name:
-                break
-            name = name.rpartition(".")[0]
-    return np.array([fact.layer not in busy_below for fact in meta.parameters], bool)
+    tree = tree_of(meta)
+    busy = tree.held(np.flatnonzero(meta.trainable & ~idle)) > 0
+    return ~busy[tree.own]
 
 
-def _equals(history: History, layer: str) -> tuple[int, ...]:
-    """Columns of the parameters of the members, other than `layer`'s and of the same shapes, of the innermost list it is in."""
-    meta = history.meta
-    types = {fact.name: fact.type for fact in meta.layers}
-    member = layer
-    while member:
-        parent = member.rpartition(".")[0]
-        if types.get(parent) in ("ModuleList", "ModuleDict"):
-            break
-        member = parent
-    else:
-        return ()
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    columns: dict[str, list[int]] = {}
-    for i, fact in enumerate(meta.parameters):
-        if fact.layer.startswith(parent + "."):
-            key = fact.layer[len(parent) + 1 :].split(".")[0]
-            shapes.setdefault(key, []).append(fact.shape)
-            columns.setdefault(key, []).append(i)
-    own = member[len(parent) + 1 :]
-    return tuple(i for key, of in columns.items() if key != own and shapes[key] == shapes.get(own) for i in of)
+def _uncalled(history: History, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[P]`: of some parameters, that their module is known not to have been called for long."""
+    uncalled = mask & (history.meta.layer_index >= 0)
+    if uncalled.any():
+        calls = history.recent("calls", MISSED_UNCALLED).take(history.meta.layer_index[uncalled], axis=1)
+        uncalled[uncalled] = np.fmax.reduce(calls, axis=0, initial=-1.0) == 0.0
+    return uncalled
 
 
-def _is_expert(history: History, layer: str, equals: tuple[int, ...]) -> bool:
-    """One of a list of equals some of which miss a step now and then, or whose name says so."""
-    b, meta = history.baselines, history.meta
-    if not equals or not (b.reached[list(equals)] > 0).any():
-        return False
-    types = {fact.name: fact.type for fact in meta.layers}
-    name, words = layer, []
-    while name:
-        words += [name.rpartition(".")[2].lower(), types.get(name, "").lower()]
-        name = name.rpartition(".")[0]
-    if any("expert" in word or "moe" in word for word in words):
-        return True
-    others = b.reached[list(equals)]
-    return bool(((others > 0) & (others < b.records - b.skips)).any())
+def _experts(history: History, lists: Lists) -> NDArray[np.bool_]:
+    """`[P]`: lies in one of a list of equals some of which miss a step now and then, or whose name says so."""
+    b = history.baselines
+    reached = b.reached > 0
+    return lists.others(reached) & (lists.expert | lists.others(reached & (b.reached < b.records - b.skips)))

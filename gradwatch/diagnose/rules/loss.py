@@ -7,6 +7,7 @@ import enum
 import numpy as np
 
 from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.arrays import median
 from gradwatch.history import History
 
 LOW = 1 / 20
@@ -33,11 +34,11 @@ def progress(history: History) -> Progress:
     recent = recent[np.isfinite(recent)]
     if len(b.first_losses) < WINDOW or len(recent) < WINDOW // 2:
         return Progress.UNKNOWN
-    first, last = float(np.median(b.first_losses)), float(np.median(recent))
+    first, last = median(b.first_losses), median(recent)
     if first <= 0 or last < 0:
         return Progress.UNKNOWN
     if last < LOW * first:
         return Progress.LOW
-    early = float(np.median(b.first_losses[: WINDOW // 2]))
-    late = float(np.median(recent[-(WINDOW // 2) :]))
+    early = median(b.first_losses[: WINDOW // 2])
+    late = median(recent[-(WINDOW // 2) :])
     return Progress.IMPROVING if late < IMPROVED * early else Progress.STUCK

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.rule import persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity, SkipReason
@@ -100,4 +101,4 @@ def _by_order(history: History, mask: NDArray[np.bool_]) -> tuple[str, ...]:
     """Names, those executed last first."""
     columns = np.flatnonzero(mask)
     order = np.nan_to_num(history.meta.order[columns], nan=-1.0)
-    return tuple(history.parameters[i] for i in columns[np.argsort(-order, kind="stable")])
+    return named(history.meta, columns[np.argsort(-order, kind="stable")])

@@ -15,6 +15,10 @@ PERSISTENCE = 10
 ALWAYS, TURNS = 64, 3
 """Records after each of which every rule is asked, as many as have full statistics by default; later one in three for patient rules."""
 
+BETWEEN = 11
+"""One record in so many is looked at besides: in a loop that repeats itself every three or six records (two or five updates of a
+critic, one of a generator), turns of three alone would see the same part of it for ever."""
+
 
 class Rule(Protocol):
     """Reads the history after each record and yields what it finds wrong; a finding is yielded as long as it holds.
@@ -50,7 +54,7 @@ def persistent(records: int) -> Callable[[R], R]:
 
 
 def patient(rule: R) -> R:
-    """Mark a rule whose evidence lasts: once `ALWAYS` records have been judged and nothing is wrong, it is asked at every third only.
+    """Mark a rule whose evidence lasts: once `ALWAYS` records have been judged and nothing is wrong, it is asked by turns only.
 
     A verdict that needs eight records in a row then still comes within ten.
     """
@@ -58,9 +62,14 @@ def patient(rule: R) -> R:
     return rule
 
 
+def is_turn(recorded: int) -> bool:
+    """Whether what takes turns has its turn after `recorded` records: never more than `TURNS` apart."""
+    return recorded % TURNS == 0 or recorded % BETWEEN == 0
+
+
 def is_due(rule: Rule, recorded: int, calm: bool) -> bool:
     """Whether a rule is to be asked after `recorded` records; `calm`: no incident is open, and the run has not ended."""
-    return not (calm and recorded > ALWAYS and recorded % TURNS and getattr(rule, "patient", False))
+    return not (calm and recorded > ALWAYS and getattr(rule, "patient", False)) or is_turn(recorded)
 
 
 def persistence_of(rule: Rule) -> int:
@@ -71,3 +80,8 @@ def persistence_of(rule: Rule) -> int:
 def name_of(rule: Rule) -> str:
     """What to call a rule when speaking of itself."""
     return str(getattr(rule, "__name__", None) or type(rule).__name__)
+
+
+def looked_back(columns: int) -> int:
+    """Records to look for the beginning in: enough for a verdict at update 15 of the largest networks, more where it is cheap."""
+    return max(16, min(64, 200_000 // columns))

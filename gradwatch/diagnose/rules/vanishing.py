@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.arrays import median, members
+from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
-from gradwatch.diagnose.rules.rule import ALWAYS, patient, persistent
+from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
 
@@ -68,11 +70,8 @@ NEGLIGIBLE = 1e-7
 """Update ratio that changes nothing: half of float32's resolution, 1.2e-7, is what rounds away."""
 
 
-MANY = 4000
-"""Parameters from which a fall is looked at closely in one update of `TURNS` only (names of 20,000 take 10 ms, measured): at update 10,
-14, 18, ..."""
-
-TURNS = 4
+HIGHEST = 64
+"""Parameters after the cut among which the largest gradient of each earlier record is looked for."""
 
 
 @patient
@@ -98,23 +97,15 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     deep, still = _may_fall(layout, now), _may_be_stuck(history, layout)
     if not (deep or still):
         return
-    # Later on, while all is calm, a rule is asked by other turns (`is_due`), and may not miss both.
-    turn = history.recorded % TURNS == 2 or (history.recorded > ALWAYS and history.recorded % 3 == 0)
-    if len(layout.columns) > MANY and not (turn or history.ended):
-        return
     view = _view(history, layout, now)
     if view is None:
         return
     state = progress(history)
     if state is Progress.LOW:
         return
-    sick = np.zeros(len(view.columns), bool)
-    falls: list[_Fall] = []
-    for fall in _falls(view, state is Progress.STUCK) if deep else ():
-        sick[fall.start : fall.stop] = True
-        falls.append(fall)
+    falls = list(_falls(view, state is Progress.STUCK)) if deep else []
     if falls:
-        yield _by_depth(history, view, falls, sick)
+        yield _by_depth(history, view, falls)
         return
     stuck = _stuck(history, view) if still and state is not Progress.IMPROVING else None
     if stuck is not None:
@@ -126,8 +117,6 @@ class _View:
     """The columns of the layout that the last record observed and that were observed often enough, N of them."""
 
     layout: Layout
-    at: NDArray[np.int64]
-    """`[N]`, places in the layout."""
     columns: NDArray[np.int64]
     logs: NDArray[np.float64]
     """`[WINDOW, N]`, decades, oldest first as far as the columns were observed together."""
@@ -135,6 +124,10 @@ class _View:
     """`[N]`, norms of the parameters, as last observed."""
     seen: int
     """Observations of the column that has most."""
+    level: NDArray[np.float64]
+    """`[N]`, mean of `logs`."""
+    late: NDArray[np.float64]
+    """`[N]`, mean of the last `LASTING` of them."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +136,8 @@ class _Fall:
     stop: int
     reference: int
     """Place of the parameter after the cut with the largest gradient."""
+    whole: NDArray[np.int64]
+    """Places of the sick, without modules that lie on both sides of the cut."""
     decades: float
 
 
@@ -172,27 +167,21 @@ def _view(history: History, layout: Layout, now: NDArray[np.float32]) -> _View |
     known = (layout.take(b.seen) >= WINDOW) & np.isfinite(now)
     if not known.any():
         return None
-    at = np.flatnonzero(known)
-    columns = layout.columns[at]
-    seen = int(b.seen[columns].max())
-    return _View(layout, at, columns, _ordered(b.last[:, columns], seen), b.weight_norm[columns], seen)
-
-
-def _ordered(logs: NDArray[np.float32], seen: int) -> NDArray[np.float64]:
-    rows: NDArray[np.float64] = np.roll(logs, -(seen % WINDOW), axis=0).astype(np.float64) / DECADE
-    return rows
+    layout = layout.narrow(known)
+    seen = int(layout.take(b.seen).max())
+    rows = np.arange(seen, seen + WINDOW) % WINDOW
+    logs = np.divide(layout.take(b.last)[rows], DECADE, dtype=np.float64)
+    level, late = logs.mean(axis=0), logs[-LASTING:].mean(axis=0)
+    return _View(layout, layout.columns, logs, layout.take(b.weight_norm), seen, level, late)
 
 
 def _falls(view: _View, stuck: bool) -> Iterator[_Fall]:
-    layout, at = view.layout, view.at
-    level = view.logs.mean(axis=0)
-    after = _largest_after(np.where(layout.reference[at], level, -np.inf))
-    branch = layout.branch[at]
-    before = _largest_so_far(level, branch)
-    fall = after - before
+    layout, level = view.layout, view.level
+    after = _largest_after(np.where(layout.reference, level, -np.inf))
+    fall = after - _largest_so_far(level, layout.branch)
     if not fall.size or float(fall.max()) < SICK:
         return
-    ends = np.flatnonzero(np.append(branch[1:] != branch[:-1], True)) + 1
+    ends = np.flatnonzero(np.append(layout.branch[1:] != layout.branch[:-1], True)) + 1
     start = 0
     for stop in ends:
         found = _fall_in(view, fall, start, int(stop), stuck)
@@ -216,91 +205,85 @@ def _largest_so_far(level: NDArray[np.float64], branch: NDArray[np.int64]) -> ND
 
 
 def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
-    layout, at, logs = view.layout, view.at, view.logs
+    layout, logs = view.layout, view.logs
     inside = fall[start:stop]
     cuts = np.flatnonzero(inside >= SICK)
     if not cuts.size:
         return None
     cut = start + int(cuts[-1]) + 1
     deepest = start + int(inside.argmax()) + 1
-    rest = slice(cut, None)
-    found = _Fall(start, cut, cut + int(np.where(layout.reference[at[rest]], logs[:, rest].mean(axis=0), -np.inf).argmax()), 0.0)
-    whole = _whole(view, found)
-    matrices = whole[layout.matrix[at[whole]]]
+    after = layout.reference[cut:]
+    whole = _whole(layout, start, cut)
+    found = _Fall(start, cut, cut + int(np.where(after, view.level[cut:], -np.inf).argmax()), whole, 0.0)
+    matrices = whole[layout.matrix[whole]]
     if not matrices.size or _has_own_head(view, start, cut):
         return None
-    layers = len(np.unique(layout.layer[at[matrices]]))
+    layers = int(members(layout.layer[matrices], layout.layers).sum())
     if start > 0 and layers < LAYERS_IN_BRANCH:
         return None
-    with np.errstate(invalid="ignore"):
-        tiny = bool(np.median(view.weights[matrices] * layout.gain[at[matrices]]) < TINY)
+    tiny = median(view.weights[matrices] * layout.gain[matrices]) < TINY
     need = (SICK if tiny else FALL) if stuck else FALL_IMPROVING
     if layers == 1:
         need = max(need, LONE)
     excused = _unfinished(view, deepest)
     # Record by record: the whole fall, from the best reference of that record to the best of the deepest sick part.
-    top = np.where(layout.reference[at[rest]], logs[:, rest], -np.inf).max(axis=1)
+    top = (logs[:, cut:] if after.all() else np.where(after, logs[:, cut:], -np.inf)).max(axis=1)
     each = top - logs[:, start:deepest].max(axis=1) - excused
-    decades = float(np.median(each[-LASTING:]))
-    clear = decades >= CLEAR or _sharpest(logs[-LASTING:].mean(axis=0), found)[0] >= SICK
+    decades = median(each[-LASTING:])
+    clear = decades >= CLEAR or _sharpest(view.late, found)[0] >= SICK
     if each[-LASTING:].min() < need - 0.5 or decades < need or (not clear and view.seen < PATIENCE):
         return None
     pace = float(each[WINDOW // 2 :].mean() - each[: WINDOW // 2].mean()) / (WINDOW / 2)
     soon = RECOVERY if clear else RECOVERY_UNCLEAR
-    if pace < 0 and float(np.median(each[-3:])) + soon * pace < min(SICK, need - 0.5):
+    if pace < 0 and median(each[-3:]) + soon * pace < min(SICK, need - 0.5):
         return None
     return replace(found, decades=decades + excused)
 
 
 def _has_own_head(view: _View, start: int, cut: int) -> bool:
     """The part holds a whole module next to the loss: what is after the cut is another branch."""
-    layout, at = view.layout, view.at
-    inside = layout.layer[at[start:cut]][layout.head[at[start:cut]]]
-    if inside.size:
-        outside = layout.layer[at[cut:]]
-        return bool((~np.isin(inside, outside)).any())
-    if layout.roles or cut >= len(at):
+    layout = view.layout
+    heads = layout.head[start:cut]
+    if heads.any():
+        inside = layout.layer[start:cut][heads]
+        return not bool(members(layout.layer[cut:], layout.layers)[inside].all())
+    if layout.roles or cut >= len(layout.columns):
         return False
     # Without roles: a chain comes closer to the loss; what begins as far from it as the part did is another branch.
-    distance = layout.distance[at]
+    distance = layout.distance
     return bool(distance[cut] > distance[cut - 1] and distance[cut] + 2 >= np.nanmax(distance[start:cut]))
 
 
 def _unfinished(view: _View, cut: int) -> float:
     """Decades of the fall due to matrices after the cut that began at zero and have not grown to a usual size."""
-    blank = np.flatnonzero(view.layout.blank[view.at[cut:]]) + cut
+    blank = np.flatnonzero(view.layout.blank[cut:]) + cut
     if not blank.size:
         return 0.0
-    scale = view.weights[blank] * view.layout.gain[view.at[blank]]
+    scale = view.weights[blank] * view.layout.gain[blank]
     with np.errstate(divide="ignore", invalid="ignore"):
         missing = -np.log10(np.maximum(scale.astype(float), 1e-30))
     return float(np.nansum(np.maximum(missing, 0.0)))
 
 
-def _by_depth(history: History, view: _View, falls: list[_Fall], sick: NDArray[np.bool_]) -> Finding:
-    meta = history.meta
-    worst = max(falls, key=lambda fall: fall.decades)
-    level = view.logs[-LASTING:].mean(axis=0)
-    names: list[str] = []
-    for fall in sorted(falls, key=lambda fall: -fall.decades):
-        names += [meta.parameters[view.columns[i]].name for i in _by_blame(view, level, fall)]
+def _by_depth(history: History, view: _View, falls: list[_Fall]) -> Finding:
+    meta, layout, level = history.meta, view.layout, view.late
+    falls = sorted(falls, key=lambda fall: -fall.decades)
+    worst = falls[0]
+    places = np.concatenate([_by_blame(view, fall) for fall in falls])
     reference = meta.parameters[view.columns[worst.reference]]
     lowest = worst.start + int(level[worst.start : worst.stop].argmin())
     ratio = 10.0**-worst.decades
     drop, last = _sharpest(level, worst)
-    distance = view.layout.distance[view.at]
-    above = min(last + 1, len(distance) - 1)
-    gain = view.weights[above] * view.layout.gain[view.at[above]]
-    nodes = float(distance[last] - distance[above])
-    matrices = view.layout.matrix[view.at]
-    chosen = set(names)
-    layers = len({meta.parameters[i].layer for i in view.columns[sick & matrices] if meta.parameters[i].name in chosen})
-    total = len(np.unique(view.layout.layer[view.at[matrices]]))
+    above = min(last + 1, len(level) - 1)
+    gain = view.weights[above] * layout.gain[above]
+    nodes = float(layout.distance[last] - layout.distance[above])
+    layers = int(members(layout.layer[places[layout.matrix[places]]], layout.layers).sum())
+    total = int(members(layout.layer[layout.matrix], layout.layers).sum())
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _onset(history, view, worst),
-        parameters=tuple(names),
+        parameters=named(meta, view.columns[places]),
         message=f"the gradient is {_power(ratio)} of that at {reference.layer or '(model)'}, in {layers} of {total} layers",
         evidence={
             "ratio": ratio,
@@ -323,39 +306,38 @@ def _sharpest(level: NDArray[np.float64], fall: _Fall) -> tuple[float, int]:
     return float(drops.max()), fall.start + int(drops.argmax())
 
 
-def _whole(view: _View, fall: _Fall) -> NDArray[np.int64]:
+def _whole(layout: Layout, start: int, cut: int) -> NDArray[np.int64]:
     """Places of the sick, without modules that lie on both sides of the cut: their bias gets what their weight lacks an input for."""
-    layers = view.layout.layer[view.at]
-    places = np.arange(fall.start, fall.stop)
-    whole = places[~np.isin(layers[places], layers[fall.stop :])]
-    return whole if view.layout.matrix[view.at[whole]].any() else places
+    whole = np.flatnonzero(~members(layout.layer[cut:], layout.layers)[layout.layer[start:cut]]) + start
+    return whole if layout.matrix[whole].any() else np.arange(start, cut)
 
 
-def _by_blame(view: _View, level: NDArray[np.float64], fall: _Fall) -> list[int]:
+def _by_blame(view: _View, fall: _Fall) -> NDArray[np.int64]:
     """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first."""
-    places = _whole(view, fall)
-    drop, last = _sharpest(level, fall)
+    places = fall.whole
+    drop, last = _sharpest(view.late, fall)
     if drop >= ONE_PLACE * fall.decades or drop >= OUTSTANDING:
-        return [int(i) for i in (*places[places <= last][::-1], *places[places > last])]
+        return np.concatenate((places[places <= last][::-1], places[places > last]))
     # Modules in the order of what their strongest parameter gets: a bias that a normalisation zeroes says nothing.
-    layer = view.layout.layer[view.at[places]]
+    layer = view.layout.layer[places]
     strongest = np.full(view.layout.layers, -np.inf)
-    np.maximum.at(strongest, layer, level[places])
-    return [int(i) for i in places[np.lexsort((places, strongest[layer]))]]
+    np.maximum.at(strongest, layer, view.late[places])
+    return places[np.argsort(strongest[layer], kind="stable")]
 
 
 def _onset(history: History, view: _View, fall: _Fall) -> int:
     """The first of the kept records since when the fall has been there without a break, at half its size."""
-    back = history.recent("grad_norm", _looked_back(view))
+    back = history.recent("grad_norm", looked_back(len(view.columns)))
     # The module executed first is sick for as long as anything after it has been.
-    places = _whole(view, fall)
-    layers = view.layout.layer[view.at[places]]
+    places, layout = fall.whole, view.layout
+    layers = layout.layer[places]
     some = view.columns[places[layers == layers[0]]]
-    after = np.flatnonzero(view.layout.reference[view.at[fall.stop :]]) + fall.stop
-    after = after[np.argsort(view.logs[:, after].mean(axis=0))[-64:]]
+    after = np.flatnonzero(layout.reference[fall.stop :]) + fall.stop
+    if len(after) > HIGHEST:
+        after = after[np.argpartition(view.level[after], -HIGHEST)[-HIGHEST:]]
     with np.errstate(divide="ignore", invalid="ignore"):
-        sick = np.log10(np.maximum(back[:, some], 1e-45)).max(axis=1)
-        top = np.fmax.reduce(np.log10(np.maximum(back[:, view.columns[after]], 1e-45)), axis=1)
+        sick = np.log10(np.maximum(back.take(some, axis=1).max(axis=1), 1e-45))
+        top = np.log10(np.maximum(np.fmax.reduce(back.take(view.columns[after], axis=1), axis=1), 1e-45))
     steps = history.steps[-len(back) :]
     seen = np.isfinite(sick)
     # A record that did not reach them says neither yes nor no.
@@ -369,38 +351,35 @@ def _onset(history: History, view: _View, fall: _Fall) -> int:
 def _stuck(history: History, view: _View) -> Finding | None:
     """A whole layer that gets next to nothing and whose weights do not move, though others do."""
     b, layout = history.baselines, view.layout
-    ratio = b.update_ratio[view.columns].astype(float)
-    stepped = (history.recent("grad_state", 1)[0][view.columns] & np.uint8(GradState.STEPPED)) != 0
-    matrix = layout.matrix[view.at] & stepped
+    ratio = layout.take(b.update_ratio).astype(float)
+    stepped = (layout.take(history.recent("grad_state", 1)[0]) & np.uint8(GradState.STEPPED)) != 0
+    matrix = layout.matrix & stepped
     still = matrix & (ratio <= NEGLIGIBLE)
     if not still.any() or not (matrix & ~still).any():
         return None
     moving = float(np.nanmedian(ratio[matrix & ~still]))
     high = view.logs[-LASTING:].max(axis=0)
-    peers = float(np.median(view.logs[-LASTING:, matrix].max(axis=1)))
-    early = b.early[view.columns].astype(float) / DECADE
+    peers = median(view.logs[-LASTING:, matrix].max(axis=1))
+    early = layout.take(b.early).astype(float) / DECADE
     # Exactly zero from the start on is another fault's business (or none: attention over a single token).
     low = (high <= np.maximum(peers, early) - STUCK) & (early > -40)
     rising = view.logs[WINDOW // 2 :].mean(axis=0) - view.logs[: WINDOW // 2].mean(axis=0) > 0.2
     sick = still & low & ~rising & (moving >= 1e3 * np.maximum(ratio, 1e-12))
     # The layer as a whole: all its matrices, and all of what it stands among if that is a module of its own: under SGD the queries and
     # keys of a small transformer stand still for tens of updates beside values that learn (measured on five architectures).
-    well = np.unique(layout.layer[view.at[matrix & ~sick]])
-    sick &= ~np.isin(layout.layer[view.at], well)
+    sick &= ~members(layout.layer[matrix & ~sick], layout.layers)[layout.layer]
     if sick.any():
-        sick &= _alone_in_its_module(history, view, sick, stepped)
+        sick &= _alone_in_its_module(layout, sick, stepped)
     if not sick.any():
         return None
-    members = np.flatnonzero(np.isin(layout.layer[view.at], np.unique(layout.layer[view.at[sick]])))
-    level = view.logs[-LASTING:].mean(axis=0)
-    members = members[np.argsort(level[members], kind="stable")]
-    names = tuple(history.meta.parameters[view.columns[i]].name for i in members)
-    worst = float(level[sick].min())
+    places = np.flatnonzero(members(layout.layer[sick], layout.layers)[layout.layer])
+    places = places[np.argsort(view.late[places], kind="stable")]
+    worst = float(view.late[sick].min())
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _stuck_since(history, view, sick, peers),
-        parameters=names,
+        parameters=named(history.meta, view.columns[places]),
         message=f"the gradient is {_power(10.0 ** (worst - peers))} of the largest and the weights do not move",
         evidence={
             "ratio": 10.0 ** (worst - peers),
@@ -411,18 +390,19 @@ def _stuck(history: History, view: _View) -> Finding | None:
     )
 
 
-def _alone_in_its_module(history: History, view: _View, sick: NDArray[np.bool_], stepped: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _alone_in_its_module(layout: Layout, sick: NDArray[np.bool_], stepped: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`[N]`: no layer of the module that holds it (the model itself aside) is well. A vector in a sick layer is part of it.
     Embeddings may hardly matter in health."""
-    layers = [history.meta.parameters[i].layer for i in view.columns]
-    ill = {layer for layer, is_sick in zip(layers, sick, strict=True) if is_sick}
-    embeddings = {fact.name for fact in history.meta.layers if fact.kind == "embedding"}
-    well = {layer.rpartition(".")[0] for layer, counts in zip(layers, stepped, strict=True) if counts and layer not in ill} - {""}
-    return np.array([layer not in embeddings and layer.rpartition(".")[0] not in well for layer in layers], bool)
+    ill = members(layout.layer[sick], layout.layers)[layout.layer]
+    # The model itself, number -1 and so the last place, holds sick and well layers in any network.
+    well = members(layout.around[stepped & ~ill], layout.arounds + 1)
+    well[-1] = False
+    alone: NDArray[np.bool_] = ~(layout.embedding | well[layout.around])
+    return alone
 
 
 def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
-    back = history.recent("grad_norm", _looked_back(view))[:, view.columns[sick]]
+    back = history.recent("grad_norm", looked_back(len(view.columns)))[:, view.columns[sick]]
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = np.log10(np.maximum(back, 1e-45))
     well = np.flatnonzero((levels > peers - STUCK + 1.5).any(axis=1))
@@ -430,11 +410,6 @@ def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: 
     if not well.size:
         return int(steps[0])
     return int(steps[min(well[-1] + 1, len(steps) - 1)])
-
-
-def _looked_back(view: _View) -> int:
-    """Records to look for the beginning in: enough for a verdict at update 15 of the largest networks, more where it is cheap."""
-    return max(16, min(64, 200_000 // len(view.columns)))
 
 
 def _power(ratio: float) -> str:
