@@ -120,7 +120,7 @@ class Baselines:
             self._take_norms(row["grad_norm"])
         for name in ("update_ratio", "weight_norm", "lr"):
             new = row[name]
-            np.copyto(getattr(self, name), new, where=~np.isnan(new))
+            np.copyto(getattr(self, name), new, where=new == new)  # where it is a number
 
     def _count(self, state: NDArray[np.uint8], skipped: bool, step: int) -> None:
         if state.size and int(np.bitwise_and.reduce(state)) & _BOTH == _BOTH and not int(np.bitwise_or.reduce(state)) & _STALE:

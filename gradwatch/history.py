@@ -62,6 +62,23 @@ class RingBuffer:
     def append(self, row: NDArray[Any]) -> None:
         """Take a 0-d structured array of the ring's dtype."""
         self._bytes[self.total % self.capacity] = np.frombuffer(row.tobytes(), np.uint8)
+        self.commit()
+
+    def next(self, content: NDArray[np.uint8]) -> NDArray[Any]:
+        """The next row, to be written in place and committed; the oldest row gives way where the ring is full.
+
+        Args:
+            content: uint8 `[dtype.itemsize]`, what it holds for a start.
+        """
+        at = self.total % self.capacity
+        if self._kept == self.capacity:
+            self._kept -= 1
+        self._bytes[at] = content
+        row: NDArray[Any] = self._rows[at : at + 1].reshape(())
+        return row
+
+    def commit(self) -> None:
+        """The next row is written."""
         self.total += 1
         self._kept = min(self._kept + 1, self.capacity)
 
@@ -100,6 +117,7 @@ class History:
         self.baselines = Baselines(len(self.meta.parameters))
         self._ring = RingBuffer(_row_dtype(len(self.meta.parameters), len(self.meta.layers)), self.window, self.max_bytes)
         self._blank: NDArray[Any] | None = None
+        self._next = self._ring.next(self._blank_bytes())
         self._set_names()
 
     def _set_names(self) -> None:
@@ -174,17 +192,30 @@ class History:
 
     def blank_row(self) -> NDArray[Any]:
         """A row in which nothing is observed: a 0-d structured array, NaN in every float field."""
+        return np.frombuffer(bytearray(self._blank_bytes().tobytes()), self._ring.dtype).reshape(())
+
+    def _blank_bytes(self) -> NDArray[np.uint8]:
         if self._blank is None or self._blank.dtype is not self._ring.dtype:
-            self._blank = np.zeros((), self._ring.dtype)
+            self._blank = np.zeros(1, self._ring.dtype)
             for name, statistic in STATISTICS.items():
                 if statistic.dtype.startswith("f"):
                     self._blank[name] = np.nan
-        return np.frombuffer(bytearray(self._blank.tobytes()), self._ring.dtype).reshape(())
+        return self._blank.view(np.uint8)
 
     def append(self, row: NDArray[Any]) -> None:
         """Take a closed record; its number is `recorded` before the call."""
         self._ring.append(row)
         self.baselines.update(row, self.recorded - 1)
+
+    def next_row(self) -> NDArray[Any]:
+        """The row of the next record, blank, to be written in place (no copy: 10 us less) and then committed."""
+        self._next = self._ring.next(self._blank_bytes())
+        return self._next
+
+    def commit(self) -> None:
+        """The record in the row that `next_row` gave has closed; its number is `recorded` before the call."""
+        self._ring.commit()
+        self.baselines.update(self._next, self.recorded - 1)
 
     def set_meta(self, meta: Meta) -> None:
         """Replace the static facts. Columns are matched by name: new ones are NaN in the past, lost ones go."""

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 
 from gradwatch import options
 from gradwatch.capture import private
+from gradwatch.capture.acting import Deliberate
 from gradwatch.capture.home import Home
-from gradwatch.capture.recorder import Deliberate, Recorder
+from gradwatch.capture.recorder import Recorder
 from gradwatch.capture.tape import TAPE
 from gradwatch.checkpoint import decode, encode
 from gradwatch.diagnose.incidents import Incidents
@@ -328,7 +329,7 @@ class GradWatch:
     def concerns(self, roots: Sequence[Any]) -> bool:
         takes = self._home.takes(lambda: bool(self._guard(lambda recorder: recorder.reaches(roots, self._home.here()))))
         if not takes and self._home.here():
-            self._guard(lambda recorder: recorder.forget_scale())
+            self._guard(lambda recorder: recorder.scale.forget())
         return takes
 
     def lives_here(self) -> bool:
@@ -347,7 +348,7 @@ class GradWatch:
         self._guard(lambda recorder: recorder.backward_failed())
 
     def on_scale(self, scaler: Any) -> None:
-        self._guard(lambda recorder: recorder.scale(scaler))
+        self._guard(lambda recorder: recorder.scale.scaled(scaler))
 
     def on_pre_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._heeds(optimizer) or not self.lives_here():
@@ -398,7 +399,7 @@ class GradWatch:
         return Recorder(
             models,
             self._sampling,
-            blank_row=_weakly(self._blank_row),
+            next_row=_weakly(self._next_row),
             recorded=_weakly(self._recorded),
             on_row=_weakly(self._on_row),
             on_meta=_weakly(self._on_meta),
@@ -420,9 +421,9 @@ class GradWatch:
                     f"Leave {self._actor.asked} out of this one, or detach the other first."
                 )
 
-    def _blank_row(self) -> NDArray[Any]:
+    def _next_row(self) -> NDArray[Any]:
         assert self._history is not None
-        return self._history.blank_row()
+        return self._history.next_row()
 
     def _recorded(self) -> int:
         return 0 if self._history is None else self._history.recorded
@@ -433,10 +434,10 @@ class GradWatch:
         else:
             self._history.set_meta(meta)
 
-    def _on_row(self, row: NDArray[Any]) -> None:
+    def _on_row(self) -> None:
         history = self._history
         assert history is not None
-        history.append(row)
+        history.commit()
         self._updates_watched += 1
         if self._recorder is not None:
             history.pending = self._recorder.pending

@@ -493,3 +493,30 @@ def test_a_record_counts_into_the_baselines_under_its_number() -> None:
     history.append(row)
     assert history.baselines.last_reached.tolist() == [5, -1]
     assert history.baselines.records == 6
+
+
+# -- rows written in place ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_a_row_written_in_place_is_the_same_as_one_that_was_appended(window: int) -> None:
+    meta = meta_of("a", "b")
+    appended, in_place = History(meta, window), History(meta, window)
+    for row in fill(appended, 10):
+        mine = in_place.next_row()
+        for name in STATISTICS:
+            mine[name] = row[name]
+        in_place.commit()
+    assert_same(appended, in_place)
+
+
+def test_a_row_that_is_being_written_is_seen_by_nobody() -> None:
+    history = History(meta_of("a"), 3)
+    fill(history, 3)
+    before = history.stat("grad_norm")
+    history.next_row()["grad_norm"] = 7.0
+    assert history.recorded == 3
+    np.testing.assert_array_equal(history.stat("grad_norm"), before[1:])  # the oldest has given way
+    history.commit()
+    assert history.stat("grad_norm")[:, 0].tolist() == [*before[1:, 0].tolist(), 7.0]
+    assert np.isnan(history.stat("loss")[-1])

@@ -558,7 +558,7 @@ def test_a_step_in_another_thread_is_not_about_what_is_open_in_this_one() -> Non
 # -- a watch that fails, or leaves, in the middle ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["backward_begin", "backward_end", "pre_step", "post_step", "scale"])
+@pytest.mark.parametrize("where", ["backward_begin", "backward_end", "pre_step", "post_step", "scale.scaled"])
 def test_an_error_inside_the_watch_ends_the_watch_and_not_the_training(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -569,7 +569,8 @@ def test_an_error_inside_the_watch_ends_the_watch_and_not_the_training(
     scaler = torch.amp.GradScaler("cpu")
     with GradWatch(training.model, console=False) as watch:
         training.run(2)
-        monkeypatch.setattr(watch._recorder, where, broken)
+        part, _, method = where.rpartition(".")
+        monkeypatch.setattr(getattr(watch._recorder, part) if part else watch._recorder, method, broken)
         scaler.scale(loss())
         training.run(3)
         assert torch.autograd.backward is ORIGINAL

@@ -1,0 +1,90 @@
+"""What the autograd graphs of a run have shown so far, each walked once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradwatch.capture.graph import find_unregistered, walk
+from gradwatch.capture.optimizers import Owners
+from gradwatch.capture.parameters import ParameterTable
+from gradwatch.capture.roles import Roles, roles
+
+OUTSIDE_AFTER = 5
+"""Records after which leaves outside the model are looked for in the process's optimizers."""
+
+
+class Walks:
+    """The walks of a run.
+
+    Args:
+        table: the watched parameters.
+
+    Attributes:
+        order: slot -> rank in the order of execution.
+        distance: slot -> least number of edges to a root.
+        roles: where branches begin and end.
+        opaque: a graph hid something.
+        done: each slot has been reached by a backward whose graph was walked.
+        outside: shapes of trainable leaves that belong to no registered parameter and no optimizer.
+        outside_in_model: paths of those of them that live in a watched module's attributes.
+    """
+
+    def __init__(self, table: ParameterTable) -> None:
+        self._table = table
+        self.order: dict[int, int] = {}
+        self.distance: dict[int, int] = {}
+        self.roles = Roles()
+        self.opaque = False
+        self.done = False
+        self.outside: tuple[tuple[int, ...], ...] = ()
+        self.outside_in_model: tuple[str, ...] = ()
+        self._walked: set[int] = set()
+        self._unreached: set[int] | None = None
+        self._leaves: list[weakref.ref[Tensor]] = []
+        self._due = OUTSIDE_AFTER
+
+    def take(self, reached: Sequence[int], roots: Iterable[Any]) -> bool:
+        """Walk the graph of `roots` if it reached a slot for which no walk was made; whether it was walked."""
+        if self._walked.issuperset(reached):
+            return False
+        self._walked.update(reached)
+        self.done = len(self._walked) == len(self._table)
+        roots = list(roots)
+        facts, place = walk(roots, self._table.slot_of), roles(roots, self._table.slot_of)
+        self.roles.inputs |= place.inputs
+        self.roles.heads |= place.heads
+        self.order.update({slot: number for slot, number in facts.order.items() if slot not in self.order})
+        self.distance.update({slot: depth for slot, depth in facts.distance.items() if slot not in self.distance})
+        self.opaque |= facts.opaque
+        unreached = set(self._table.column_slots) - facts.distance.keys()
+        self._unreached = unreached if self._unreached is None else self._unreached & unreached
+        known = {id(ref()) for ref in self._leaves}
+        self._leaves += [weakref.ref(leaf) for leaf in facts.outside if id(leaf) not in known]
+        return True
+
+    def unreached(self) -> list[int]:
+        """Slots of trainable parameters that no walk has met, where nothing was hidden from it."""
+        if self._unreached is None or self.opaque:
+            return []
+        return sorted(slot for slot in self._unreached if self._table.params[slot].requires_grad)
+
+    def look_outside(self, owners: Owners) -> bool:
+        """Called after each record: after a few, find out which leaves outside the model belong to no optimizer, and where they live.
+
+        Once; whether it was now.
+        """
+        if self._due <= 0 or not self._leaves:
+            return False
+        self._due -= 1
+        if self._due:
+            return False
+        leaves = [leaf for ref in self._leaves if (leaf := ref()) is not None]
+        orphans = owners.unowned(leaves)
+        paths = find_unregistered(self._table.modules, orphans)
+        self.outside = tuple(tuple(leaf.shape) for leaf in orphans)
+        self.outside_in_model = tuple(paths[id(leaf)] for leaf in orphans if id(leaf) in paths)
+        return True
