@@ -10,7 +10,7 @@ import pytest
 
 from gradwatch.history import LayerFact, Meta, ParameterFact
 from gradwatch.records import Severity
-from tests.diagnose.runs import Run, chain
+from tests.diagnose.runs import Run, chain, change
 
 KEEPS = 64**0.5
 """Norm of a 64 × 64 matrix that keeps the scale of its input."""
@@ -168,7 +168,42 @@ def test_decay_is_vanishing_and_growth_exploding_never_both() -> None:
         assert len(run.rules()) == 1
 
 
-def test_ten_thousand_layers_are_judged_in_bounded_time() -> None:
+def test_a_large_network_takes_turns_and_is_told_at_update_11_all_the_same() -> None:
     run = Run(chain(2100, width=4))
-    run.records(12, growth(2100, 6.0))
+    run.records(16, growth(2100, 6.0), weight_norm=1.0)
+    assert run.sent[0][0] == 11
+    assert run.only("exploding_gradient").count == 3  # 11, 12 and 15
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        pytest.param(np.append(1e38, np.full(7, 1e30)), id="beside the largest of all numbers"),
+        pytest.param(np.append(np.full(6, 1e-30), [2e38, 2e38]), id="below them"),
+    ],
+)
+def test_numbers_at_the_end_of_the_range_switch_no_rule_off(norms: np.ndarray) -> None:
+    run = Run(chain(4))
+    run.records(15, norms, noise=0.0, weight_norm=1e30)
+    assert run.notices == []
+
+
+def test_a_total_that_overflows_while_all_grows_switches_no_rule_off() -> None:
+    run = Run(chain(4))
+    for i in range(15):
+        run.record(4.0**i, loss=4.0**i, **({"total_norm": np.inf} if i in (9, 10) else {}))
+    assert run.notices == []
+
+
+def test_a_thousand_layers_may_enlarge_a_signal_beyond_the_range_of_numbers() -> None:
+    run = Run(chain(1000))
+    run.records(12, 1e4, weight_norm=3 * KEEPS)
     assert run.rules() == ["exploding_gradient"]
+    assert run.notices == []
+
+
+def test_distances_that_nobody_knows_switch_no_rule_off() -> None:
+    run = Run(change(chain(8), lambda f: f.layer in ("3", "4"), distance=None))
+    run.records(15, growth(8, 6.0))
+    assert run.rules() == ["exploding_gradient"]
+    assert run.notices == []

@@ -12,6 +12,7 @@ import pytest
 from gradwatch.diagnose.advice import _WORDS
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules, persistent
+from gradwatch.diagnose.rules.rule import TURNS, is_turn
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding, Severity
 from tests.diagnose.runs import Run, chain, change, said_in_replay
@@ -263,6 +264,14 @@ def test_incidents_keep_the_order_in_which_they_opened() -> None:
     assert isinstance(alerts, tuple)
     assert [a.rule for a in alerts] == ["b", "a"]
     assert all(isinstance(a, Alert) for a in alerts)
+
+
+def test_turns_are_never_far_apart_and_see_every_part_of_a_loop_that_repeats_itself() -> None:
+    turns = np.flatnonzero([is_turn(n) for n in range(64, 64 + 330)])
+    assert np.diff(turns).max() <= TURNS
+    assert turns[0] < TURNS
+    for period in range(2, 9):
+        assert len(set((turns % period).tolist())) == period
 
 
 def test_no_rules_say_nothing() -> None:

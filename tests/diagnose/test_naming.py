@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from gradwatch.diagnose.naming import layers_of, overlap
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradwatch.diagnose.naming import layers_of, merged, named, overlap
 from gradwatch.diagnose.tree import ancestors
 from gradwatch.history import LayerFact, Meta, ParameterFact
 
@@ -32,6 +37,58 @@ NET = ("encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias
 )
 def test_parents_replace_children_when_all_of_them_are_sick(sick: tuple[str, ...], named: tuple[str, ...]) -> None:
     assert layers_of(meta(*NET), sick) == named
+
+
+def slowly(m: Meta, parameters: tuple[str, ...]) -> tuple[str, ...]:
+    """The same, name by name."""
+    layer = {f.name: f.layer for f in m.parameters}
+    sick = [name for name in parameters if name in layer]
+    modules = {f.name for f in m.layers}
+    said = []
+    for name in sick:
+        whole = []
+        for a in ancestors(layer[name]):
+            below = [f.name for f in m.parameters if a in ancestors(f.layer)]
+            found, trainable = set(below) & set(sick), [f for f in m.parameters if f.trainable and f.name in below]
+            if a in modules and 2 <= len(found) == len(trainable):
+                whole.append(a)
+        said.append(whole[-1] if whole else layer[name])
+    return tuple(dict.fromkeys(said))
+
+
+@given(
+    st.sets(st.sampled_from(("", "a", "a.b", "a.b.c", "a.d", "e", "e.f", "g"))),
+    st.permutations([f"{layer}.{kind}" for layer in ("a", "a.b.c", "a.d", "e", "e.f", "g") for kind in ("weight", "bias")]),
+    st.integers(0, 12),
+    st.sets(st.integers(0, 11)),
+)
+def test_names_are_what_a_slow_computation_says(unlisted: set[str], order: list[str], sick: int, frozen: set[int]) -> None:
+    m = meta(*sorted(order), frozen=tuple(order[i] for i in frozen))
+    m = replace(m, layers=tuple(f for f in m.layers if f.name not in unlisted))
+    parameters = tuple(order[:sick])
+    assert layers_of(m, parameters) == slowly(m, parameters)
+    columns = np.array([[f.name for f in m.parameters].index(name) for name in parameters], np.int64)
+    assert named(m, columns) == parameters
+    assert layers_of(m, named(m, columns)) == layers_of(m, parameters)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(NET[2:4], NET[:3], id="known"),
+        pytest.param(("unknown", NET[1]), (NET[1], "unknown", "other"), id="unknown"),
+        pytest.param((), (), id="none"),
+    ],
+)
+def test_merged_names_are_those_of_the_one_and_what_the_other_has_besides(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert merged(meta(*NET), one, other) == tuple(dict.fromkeys(one + other))
+
+
+def test_names_follow_the_facts_when_they_change() -> None:
+    before = meta(*NET)
+    after = replace(before, parameters=before.parameters[::-1])
+    assert named(before, np.array([0])) == NET[:1]
+    assert named(after, np.array([0])) == NET[-1:]
 
 
 def test_frozen_parameters_do_not_keep_a_parent_from_being_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,11 +61,25 @@ class Modules:
             self.norm[keep],
         )
 
-    @property
+    @cached_property
     def normalised_behind(self) -> NDArray[np.bool_]:
         """`[M]`: one of the next two modules is a normalisation, which takes the scale of the weights out again."""
         behind: NDArray[np.bool_] = np.append(self.norm[1:], False) | np.append(self.norm[2:], (False, False))[: len(self)]
         return behind
+
+    @cached_property
+    def chained(self) -> NDArray[np.bool_]:
+        """`[M]`: something behind it is nearer to the loss than it and all before it, none of which has a head of its own; otherwise
+        what lies behind is another branch."""
+        nearest = np.append(np.minimum.accumulate(self.distance[::-1])[-2::-1], np.inf)
+        chained: NDArray[np.bool_] = (nearest < np.minimum.accumulate(self.distance)) & ~np.logical_or.accumulate(self.head)
+        return chained
+
+    @cached_property
+    def nearer(self) -> NDArray[np.float64]:
+        """`[M]`: nodes that it is nearer to the loss than the one executed before it; NaN where neither distance is known."""
+        with np.errstate(invalid="ignore"):
+            return np.append(0.0, self.distance[:-1] - self.distance[1:])
 
 
 @dataclass(frozen=True)

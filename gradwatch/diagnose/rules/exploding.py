@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,8 @@ NULL_BIAS = 5.5
 """Decades below its weight's from which a bias's gradient is rounding (before a normalisation: 6 to 9, measured) and not the delta."""
 
 MANY = 4000
-"""Parameters from which growth is looked at closely by turns only: at update 11, 12, 15, ... A look at 20,000 takes 4 ms (measured)."""
+"""Parameters from which growth is looked at closely by turns only: at update 11, 12, 15, ... A look at 20,000 takes 4 ms (measured).
+The `count` of an incident is that of the looks, then."""
 
 
 @patient
@@ -135,29 +137,35 @@ def _across_depth(history: History) -> Finding | None:
 
 
 def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> bool:
+    """A cheap look at the last record alone: whether some gradient lies far enough above all behind it, or all are large."""
     if not layout.measure or np.isnan(now).any():
         now = np.where(layout.reference & ~np.isnan(now), now, np.float32(0.0))
-    behind = np.maximum.accumulate(now[::-1])[-2::-1]
-    # The last of those behind may be a bias that gets nothing, so zero is no reference.
-    grown = np.maximum.accumulate(now)[:-1] >= np.float32(10.0**LOOK) * behind
-    if bool((grown & (behind > 0)).any()):
-        return True
-    total = float(history.recent("total_norm", 1)[0])
+    # No gradient behind another is below the last one alone.
+    if float(now.max()) >= 10.0**LOOK * float(now[-1]):
+        behind = np.maximum.accumulate(now[::-1])[-2::-1]
+        with np.errstate(over="ignore"):
+            grown = np.maximum.accumulate(now)[:-1] >= np.float32(10.0**LOOK) * behind
+        # The last of those behind may be a bias that gets nothing, so zero is no reference.
+        if bool((grown & (behind > 0)).any()):
+            return True
+    if layout.norm.any():
+        return False
     weights = layout.take(history.baselines.weight_norm)
-    size = float(np.dot(weights, weights))
+    with np.errstate(over="ignore"):
+        size = float(np.dot(weights, weights))
     if np.isnan(size):
-        size = float(np.nansum(np.square(weights)))
-    return not layout.norm.any() and total >= 0.3 * LARGE * np.sqrt(size)
+        size = float(np.nansum(np.square(weights, dtype=np.float64)))
+    return float(history.recent("total_norm", 1)[0]) >= 0.3 * LARGE * sqrt(size)
 
 
 def _growth(deltas: Deltas, early: bool) -> _Growth | None:
     m, t = deltas.modules, min(LASTING, len(deltas.delta))
     normalised = bool(m.norm.any())
     with np.errstate(divide="ignore", invalid="ignore"):
-        gains = np.nan_to_num(np.log10(deltas.gain), nan=0.0, neginf=0.0)
+        gains = np.log10(deltas.gain)
     strong = np.where((gains >= np.log10(GAIN)) & ~m.normalised_behind, gains, 0.0)
     # A recurrent matrix is passed again and again: it is executed early and yet close to the loss.
-    again = np.append(False, m.distance[:-1] - m.distance[1:] >= AGAIN)
+    again = bool((strong[m.nearer >= AGAIN] > 0).any())
     best: _Growth | None = None
     for values, deep in ((deltas.delta, False), (deltas.bias, True)):
         # Where activations explode too, all weights' gradients are alike and a bias's far below: then it alone is the delta.
@@ -166,13 +174,10 @@ def _growth(deltas: Deltas, early: bool) -> _Growth | None:
         values = _without_first_norm(values, m.norm)
         level = median_of_rows(values[-t:])
         behind = _largest_behind(level)
-        # What lies behind a cut has to be nearer to the loss than all that lies before it, or it is another branch.
-        nearest = np.append(np.minimum.accumulate(m.distance[::-1])[-2::-1], np.inf)
-        fair = (nearest < np.minimum.accumulate(m.distance)) & ~np.logical_or.accumulate(m.head)
         highest = np.maximum.accumulate(level)
         second = np.append(level[0] - 1.5, np.maximum.accumulate(np.minimum(level[1:], highest[:-1])))
-        grown = np.where(fair & (highest - behind >= 1.0), second - behind, -np.inf)
-        explained = (float(strong[:-1].sum()) >= 0.5 * grown) | bool((strong > 0)[again].any())
+        grown = np.where(m.chained & (highest - behind >= 1.0), second - behind, -np.inf)
+        explained = (float(strong[:-1].sum()) >= 0.5 * grown) | again
         if early:
             hit = explained & (grown >= IMMENSE)
         elif deep:
@@ -182,14 +187,16 @@ def _growth(deltas: Deltas, early: bool) -> _Growth | None:
             hit = (grown >= np.where(explained, GROWTH_EXPLAINED, limit)) | _abrupt(m, level, behind, grown)
         # The place with the largest growth that is there in each observation.
         left = np.where(hit, grown, -np.inf)
-        for place in (int(left.argmax()) for _ in range(min(8, int(hit.sum())))):
-            left[place], cut = -np.inf, place + 1
-            if best is not None and grown[place] <= best.decades:
+        for _ in range(min(8, int(hit.sum()))):
+            place = int(left.argmax())
+            cut = place + 1
+            if best is not None and left[place] <= best.decades:
                 break
             each = _second(values[-t:, :cut]) - values[-t:, cut:].max(axis=1)
-            if float(each.min()) >= 0.6 * float(grown[place]):
-                best = _Growth(float(grown[place]), cut, bool(explained[place]), deep, level)
+            if float(each.min()) >= 0.6 * float(left[place]):
+                best = _Growth(float(left[place]), cut, bool(explained[place]), deep, level)
                 break
+            left[place] = -np.inf
     return best
 
 
@@ -266,7 +273,7 @@ def _told(history: History, deltas: Deltas, growth: _Growth) -> Finding:
 def _forward(history: History, deltas: Deltas) -> Finding | None:
     """Weights that enlarge the signal in a network without normalisation, and gradients to match."""
     b, m = history.baselines, deltas.modules
-    if m.norm.any() or layout_of(history.meta).normalised:
+    if layout_of(history.meta).normalised:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         gains = np.log10(deltas.gain)
@@ -280,7 +287,7 @@ def _forward(history: History, deltas: Deltas) -> Finding | None:
         return None
     # The head's gradient is as large for what reaches it, not for what it does; the delta is largest at the input.
     sick = np.flatnonzero(strong & ~m.head)
-    factor = 10.0 ** float(np.nansum(gains))
+    factor = 10.0 ** min(float(np.nansum(gains)), 300.0)
     size = float(np.median(totals))
     back = history.recent("total_norm", 64)
     with np.errstate(invalid="ignore"):
@@ -329,7 +336,8 @@ def _in_time(history: History) -> Finding | None:
     need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
     if not grown >= need + (1.0 if died else 0.0):
         return None
-    rising = np.diff(norms[-last:]) > 0
+    with np.errstate(invalid="ignore"):
+        rising = np.diff(norms[-last:]) > 0
     if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
         return None
     if need == IN_TIME:

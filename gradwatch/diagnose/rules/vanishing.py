@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,6 @@ class _View:
     """The columns of the layout that the last record observed and that were observed often enough, N of them."""
 
     layout: Layout
-    columns: NDArray[np.int64]
     logs: NDArray[np.float64]
     """`[WINDOW, N]`, decades, oldest first as far as the columns were observed together."""
     weights: NDArray[np.float32]
@@ -138,6 +137,10 @@ class _Fall:
     """Place of the parameter after the cut with the largest gradient."""
     whole: NDArray[np.int64]
     """Places of the sick, without modules that lie on both sides of the cut."""
+    drop: float
+    """The largest drop between neighbours on the way to the reference, in decades."""
+    last: int
+    """The place before which it is lost."""
     decades: float
 
 
@@ -154,8 +157,12 @@ def _may_fall(layout: Layout, now: NDArray[np.float32]) -> bool:
         after = _largest_after(np.where(layout.reference, level, -np.inf))
         before = _largest_so_far(np.where(seen, level, -1e3), layout.branch)
         return bool(((after - before >= SICK - 0.5) & seen).any())
+    # No part is below its first parameter, which is that of all.
+    if float(now.max()) < 10.0 ** (SICK - 0.5) * float(now[0]):
+        return False
     after = np.maximum.accumulate(now[::-1])[-2::-1]
-    return bool((after >= np.float32(10.0 ** (SICK - 0.5)) * np.maximum.accumulate(now)[:-1]).any())
+    with np.errstate(over="ignore"):
+        return bool((after >= np.float32(10.0 ** (SICK - 0.5)) * np.maximum.accumulate(now)[:-1]).any())
 
 
 def _may_be_stuck(history: History, layout: Layout) -> bool:
@@ -171,8 +178,8 @@ def _view(history: History, layout: Layout, now: NDArray[np.float32]) -> _View |
     seen = int(layout.take(b.seen).max())
     rows = np.arange(seen, seen + WINDOW) % WINDOW
     logs = np.divide(layout.take(b.last)[rows], DECADE, dtype=np.float64)
-    level, late = logs.mean(axis=0), logs[-LASTING:].mean(axis=0)
-    return _View(layout, layout.columns, logs, layout.take(b.weight_norm), seen, level, late)
+    level, late = logs.sum(axis=0) / WINDOW, logs[-LASTING:].sum(axis=0) / LASTING
+    return _View(layout, logs, layout.take(b.weight_norm), seen, level, late)
 
 
 def _falls(view: _View, stuck: bool) -> Iterator[_Fall]:
@@ -214,7 +221,6 @@ def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuc
     deepest = start + int(inside.argmax()) + 1
     after = layout.reference[cut:]
     whole = _whole(layout, start, cut)
-    found = _Fall(start, cut, cut + int(np.where(after, view.level[cut:], -np.inf).argmax()), whole, 0.0)
     matrices = whole[layout.matrix[whole]]
     if not matrices.size or _has_own_head(view, start, cut):
         return None
@@ -230,14 +236,18 @@ def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuc
     top = (logs[:, cut:] if after.all() else np.where(after, logs[:, cut:], -np.inf)).max(axis=1)
     each = top - logs[:, start:deepest].max(axis=1) - excused
     decades = median(each[-LASTING:])
-    clear = decades >= CLEAR or _sharpest(view.late, found)[0] >= SICK
-    if each[-LASTING:].min() < need - 0.5 or decades < need or (not clear and view.seen < PATIENCE):
+    if each[-LASTING:].min() < need - 0.5 or decades < need:
+        return None
+    reference = cut + int(np.where(after, view.level[cut:], -np.inf).argmax())
+    drop, last = _sharpest(view.late, start, reference)
+    clear = decades >= CLEAR or drop >= SICK
+    if not clear and view.seen < PATIENCE:
         return None
     pace = float(each[WINDOW // 2 :].mean() - each[: WINDOW // 2].mean()) / (WINDOW / 2)
     soon = RECOVERY if clear else RECOVERY_UNCLEAR
     if pace < 0 and median(each[-3:]) + soon * pace < min(SICK, need - 0.5):
         return None
-    return replace(found, decades=decades + excused)
+    return _Fall(start, cut, reference, whole, drop, last, decades + excused)
 
 
 def _has_own_head(view: _View, start: int, cut: int) -> bool:
@@ -270,20 +280,19 @@ def _by_depth(history: History, view: _View, falls: list[_Fall]) -> Finding:
     falls = sorted(falls, key=lambda fall: -fall.decades)
     worst = falls[0]
     places = np.concatenate([_by_blame(view, fall) for fall in falls])
-    reference = meta.parameters[view.columns[worst.reference]]
+    reference = meta.parameters[view.layout.columns[worst.reference]]
     lowest = worst.start + int(level[worst.start : worst.stop].argmin())
     ratio = 10.0**-worst.decades
-    drop, last = _sharpest(level, worst)
-    above = min(last + 1, len(level) - 1)
+    above = min(worst.last + 1, len(level) - 1)
     gain = view.weights[above] * layout.gain[above]
-    nodes = float(layout.distance[last] - layout.distance[above])
+    nodes = float(layout.distance[worst.last] - layout.distance[above])
     layers = int(members(layout.layer[places[layout.matrix[places]]], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _onset(history, view, worst),
-        parameters=named(meta, view.columns[places]),
+        parameters=named(meta, view.layout.columns[places]),
         message=f"the gradient is {_power(ratio)} of that at {reference.layer or '(model)'}, in {layers} of {total} layers",
         evidence={
             "ratio": ratio,
@@ -291,19 +300,20 @@ def _by_depth(history: History, view: _View, falls: list[_Fall]) -> Finding:
             "reference_norm": 10.0 ** float(level[worst.reference]),
             "layers": layers,
             "layers_in_all": total,
-            "sharpest_drop": 10.0**-drop,
-            "share_of_drop": drop / worst.decades,
+            "sharpest_drop": 10.0**-worst.drop,
+            "share_of_drop": worst.drop / worst.decades,
             "gain_there": float(gain) if np.isfinite(gain) else 1.0,
             "nodes": nodes if np.isfinite(nodes) else 0.0,
         },
     )
 
 
-def _sharpest(level: NDArray[np.float64], fall: _Fall) -> tuple[float, int]:
+def _sharpest(level: NDArray[np.float64], start: int, reference: int) -> tuple[float, int]:
     """The largest drop between neighbours on the way to the reference, in decades, and the place before which it is lost."""
-    so_far = np.maximum.accumulate(level[fall.start : fall.reference + 1])
+    so_far = np.maximum.accumulate(level[start : reference + 1])
     drops = so_far[1:] - so_far[:-1]
-    return float(drops.max()), fall.start + int(drops.argmax())
+    last = int(drops.argmax())
+    return float(drops[last]), start + last
 
 
 def _whole(layout: Layout, start: int, cut: int) -> NDArray[np.int64]:
@@ -315,9 +325,8 @@ def _whole(layout: Layout, start: int, cut: int) -> NDArray[np.int64]:
 def _by_blame(view: _View, fall: _Fall) -> NDArray[np.int64]:
     """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first."""
     places = fall.whole
-    drop, last = _sharpest(view.late, fall)
-    if drop >= ONE_PLACE * fall.decades or drop >= OUTSTANDING:
-        return np.concatenate((places[places <= last][::-1], places[places > last]))
+    if fall.drop >= ONE_PLACE * fall.decades or fall.drop >= OUTSTANDING:
+        return np.concatenate((places[places <= fall.last][::-1], places[places > fall.last]))
     # Modules in the order of what their strongest parameter gets: a bias that a normalisation zeroes says nothing.
     layer = view.layout.layer[places]
     strongest = np.full(view.layout.layers, -np.inf)
@@ -327,17 +336,17 @@ def _by_blame(view: _View, fall: _Fall) -> NDArray[np.int64]:
 
 def _onset(history: History, view: _View, fall: _Fall) -> int:
     """The first of the kept records since when the fall has been there without a break, at half its size."""
-    back = history.recent("grad_norm", looked_back(len(view.columns)))
+    back = history.recent("grad_norm", looked_back(len(view.layout.columns)))
     # The module executed first is sick for as long as anything after it has been.
     places, layout = fall.whole, view.layout
     layers = layout.layer[places]
-    some = view.columns[places[layers == layers[0]]]
+    some = view.layout.columns[places[layers == layers[0]]]
     after = np.flatnonzero(layout.reference[fall.stop :]) + fall.stop
     if len(after) > HIGHEST:
         after = after[np.argpartition(view.level[after], -HIGHEST)[-HIGHEST:]]
     with np.errstate(divide="ignore", invalid="ignore"):
         sick = np.log10(np.maximum(back.take(some, axis=1).max(axis=1), 1e-45))
-        top = np.log10(np.maximum(np.fmax.reduce(back.take(view.columns[after], axis=1), axis=1), 1e-45))
+        top = np.log10(np.maximum(np.fmax.reduce(back.take(view.layout.columns[after], axis=1), axis=1), 1e-45))
     steps = history.steps[-len(back) :]
     seen = np.isfinite(sick)
     # A record that did not reach them says neither yes nor no.
@@ -379,7 +388,7 @@ def _stuck(history: History, view: _View) -> Finding | None:
         "vanishing_gradient",
         Severity.WARNING,
         _stuck_since(history, view, sick, peers),
-        parameters=named(history.meta, view.columns[places]),
+        parameters=named(history.meta, view.layout.columns[places]),
         message=f"the gradient is {_power(10.0 ** (worst - peers))} of the largest and the weights do not move",
         evidence={
             "ratio": 10.0 ** (worst - peers),
@@ -402,7 +411,7 @@ def _alone_in_its_module(layout: Layout, sick: NDArray[np.bool_], stepped: NDArr
 
 
 def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
-    back = history.recent("grad_norm", looked_back(len(view.columns)))[:, view.columns[sick]]
+    back = history.recent("grad_norm", looked_back(len(view.layout.columns)))[:, view.layout.columns[sick]]
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = np.log10(np.maximum(back, 1e-45))
     well = np.flatnonzero((levels > peers - STUCK + 1.5).any(axis=1))
