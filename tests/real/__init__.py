@@ -1,0 +1,1 @@
+"""Architectures of `transformers`, trained healthy and with a fault planted: modules that nobody here wrote."""
