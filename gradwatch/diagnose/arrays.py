@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+DECADE = float(np.log(10.0))
+"""A power of ten in natural logarithms, which the baselines keep."""
+
 
 def median(values: NDArray[np.float64]) -> float:
     """`np.median` of one dimension, NaN if a value is: 2 us for ten numbers instead of 11 (measured)."""

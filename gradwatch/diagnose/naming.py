@@ -63,11 +63,12 @@ def overlap(one: Collection[str], other: Collection[str]) -> bool:
 def _fold(meta: Meta, columns: NDArray[np.int64]) -> tuple[str, ...]:
     tree = tree_of(meta)
     sick = distinct(columns[columns >= 0], len(meta.parameters))
-    held = tree.held(sick)
+    path = tree.path.take(sick, axis=1)
+    held = tree.held(path)
     whole = (held >= 2) & (held == tree.trainable) & tree.listed
     # The outermost wins: from the module itself up to the root.
     modules = tree.own.take(sick)
-    for around in tree.path.take(sick, axis=1)[::-1]:
+    for around in path[::-1]:
         np.copyto(modules, around, where=whole.take(around))
     return tuple(tree.modules[distinct(modules, len(tree.modules))].tolist())
 

@@ -29,9 +29,9 @@ class Tree:
     trainable: NDArray[np.int64]
     listed: NDArray[np.bool_]
 
-    def held(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`[M + 1]`: how many of some parameters lie in each module and below."""
-        return np.bincount(self.path.take(columns, axis=1).ravel(), minlength=len(self.trainable))
+    def held(self, path: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`[M + 1]`: how many parameters lie in each module and below, of those with the columns `path` of `self.path`."""
+        return np.bincount(path.ravel(), minlength=len(self.trainable))
 
 
 def tree_of(meta: Meta) -> Tree:

@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
-from gradwatch.diagnose.arrays import runs
+from gradwatch.diagnose.arrays import DECADE, runs
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.history import History
-
-DECADE = float(np.log(10.0))
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,13 @@ class Modules:
         return chained
 
     @cached_property
+    def jumpable(self) -> NDArray[np.bool_]:
+        """`[M]`: right behind it there is no normalisation, and two modules or more that are none lie on the loss's side."""
+        solid = np.cumsum(~self.norm)
+        jumpable: NDArray[np.bool_] = (solid[-1] - solid >= 2) & ~np.append(self.norm[1:], True)
+        return jumpable
+
+    @cached_property
     def nearer(self) -> NDArray[np.float64]:
         """`[M]`: nodes that it is nearer to the loss than the one executed before it; NaN where neither distance is known."""
         with np.errstate(invalid="ignore"):
@@ -112,7 +117,7 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     Returns:
         None where fewer than two modules are left.
     """
-    b, layout, group = history.baselines, layout_of(history.meta), _group_of(history, known)
+    b, group = history.baselines, _group_of(history, known)
     modules = group.modules
     seen = int(b.seen[modules.columns].max())
     depth = min(WINDOW, seen)
@@ -120,8 +125,7 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     logs = np.divide(b.last.take(modules.columns, axis=1)[rows], DECADE, dtype=np.float64)
     np.copyto(logs, -np.inf, where=np.isnan(logs))
     weight, bias = group.weights.largest(logs), group.biases.largest(logs)
-    passes = b.weight_norm[modules.columns].astype(float) * group.gain / (np.sqrt(2.0) if layout.relus else 1.0)
-    gain = np.fmax.reduceat(passes, modules.start)
+    gain = np.fmax.reduceat(b.weight_norm[modules.columns] * group.gain, modules.start)
     own = bias >= weight - null_bias
     delta = np.where(own, bias, weight)
     bias = np.where(bias > -44.0, bias, weight)
@@ -161,13 +165,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Group:
-    """What does not change about the modules that some columns belong to: their matrices and scales, and all else."""
+    """What does not change about the modules that some columns belong to."""
 
     known: NDArray[np.bool_]
     modules: Modules
     gain: NDArray[np.float64]
+    """`[K]`, times the norm of a matrix, the factor by which it and the activation behind it enlarge what passes."""
     weights: _Part
+    """Matrices and the scales of normalisations."""
     biases: _Part
+    """All others."""
 
 
 def _group_of(history: History, known: NDArray[np.bool_]) -> _Group:
@@ -188,7 +195,9 @@ def _group(layout: Layout, known: NDArray[np.bool_]) -> _Group:
     distance = np.minimum.reduceat(np.nan_to_num(layout.distance[places], nan=np.inf), start)
     head, norms = np.logical_or.reduceat(layout.head[places], start), np.logical_or.reduceat(norm, start)
     modules = Modules(layout.columns[places], matrix, owner, start, length, distance, head, norms)
-    return _Group(known, modules, layout.gain[places], _part(owner, len(start), strong), _part(owner, len(start), ~strong))
+    # A ReLU leaves one part in sqrt(2) of the scale, other activations nearly all of it.
+    gain = layout.gain[places] / (np.sqrt(2.0) if layout.relus else 1.0)
+    return _Group(known, modules, gain, _part(owner, len(start), strong), _part(owner, len(start), ~strong))
 
 
 def _part(owner: NDArray[np.int64], modules: int, where: NDArray[np.bool_]) -> _Part:

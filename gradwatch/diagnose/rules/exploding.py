@@ -218,14 +218,13 @@ def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64],
     """`[M]`: right behind the module the gradient is enlarged by something that is no weight: in one place, or at each of a few."""
     count = len(level)
     steps = np.append(level[:-1] - level[1:], -np.inf)
-    above = np.cumsum(~m.norm)
-    hit: NDArray[np.bool_] = (steps >= JUMP) & (above[-1] - above >= 2) & ~np.append(m.norm[1:], True) & (grown >= 1.0)
+    hit: NDArray[np.bool_] = m.jumpable & (steps >= JUMP) & (grown >= 1.0)
     for place in np.flatnonzero(hit):
         hit[place] = median(level[: place + 1]) - behind[place] >= 1.0
     if count > 4:
-        stairs = (steps[:-1] >= STAIR).astype(np.int64)
-        four = np.convolve(stairs, np.ones(4, np.int64))[: count - 1] == 4
-        hit[:-1] |= four & (grown[:-1] >= GROWTH_EXPLAINED)
+        stair = steps[:-1] >= STAIR
+        four = stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3]
+        hit[3:-1] |= four & (grown[3:-1] >= GROWTH_EXPLAINED)
     return hit
 
 

@@ -212,7 +212,7 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
 def _idle_modules(meta: Meta, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`[P]`: every trainable parameter of its module, and of the modules below that, is idle."""
     tree = tree_of(meta)
-    busy = tree.held(np.flatnonzero(meta.trainable & ~idle)) > 0
+    busy = tree.held(tree.path[:, meta.trainable & ~idle]) > 0
     return ~busy[tree.own]
 
 

@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
-from gradwatch.diagnose.arrays import median, members
+from gradwatch.diagnose.arrays import DECADE, median, members
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
 from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
+from gradwatch.diagnose.rules.window import Window, window_of
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
-
-DECADE = float(np.log(10.0))
 
 FALL = 4.3
 """Decades that the gradient falls, while the loss does not improve. Measured on the zoo (tests/zoo): healthy networks stay at or below
@@ -97,36 +96,19 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     deep, still = _may_fall(layout, now), _may_be_stuck(history, layout)
     if not (deep or still):
         return
-    view = _view(history, layout, now)
-    if view is None:
+    window = window_of(history, layout, now, LASTING)
+    if window is None:
         return
     state = progress(history)
     if state is Progress.LOW:
         return
-    falls = list(_falls(view, state is Progress.STUCK)) if deep else []
+    falls = list(_falls(window, state is Progress.STUCK)) if deep else []
     if falls:
-        yield _by_depth(history, view, falls)
+        yield _by_depth(history, window, falls)
         return
-    stuck = _stuck(history, view) if still and state is not Progress.IMPROVING else None
+    stuck = _stuck(history, window) if still and state is not Progress.IMPROVING else None
     if stuck is not None:
         yield stuck
-
-
-@dataclass(frozen=True)
-class _View:
-    """The columns of the layout that the last record observed and that were observed often enough, N of them."""
-
-    layout: Layout
-    logs: NDArray[np.float64]
-    """`[WINDOW, N]`, decades, oldest first as far as the columns were observed together."""
-    weights: NDArray[np.float32]
-    """`[N]`, norms of the parameters, as last observed."""
-    seen: int
-    """Observations of the column that has most."""
-    level: NDArray[np.float64]
-    """`[N]`, mean of `logs`."""
-    late: NDArray[np.float64]
-    """`[N]`, mean of the last `LASTING` of them."""
 
 
 @dataclass(frozen=True)
@@ -169,21 +151,8 @@ def _may_be_stuck(history: History, layout: Layout) -> bool:
     return bool((layout.take(history.baselines.update_ratio) <= NEGLIGIBLE).any())
 
 
-def _view(history: History, layout: Layout, now: NDArray[np.float32]) -> _View | None:
-    b = history.baselines
-    known = (layout.take(b.seen) >= WINDOW) & np.isfinite(now)
-    if not known.any():
-        return None
-    layout = layout.narrow(known)
-    seen = int(layout.take(b.seen).max())
-    rows = np.arange(seen, seen + WINDOW) % WINDOW
-    logs = np.divide(layout.take(b.last)[rows], DECADE, dtype=np.float64)
-    level, late = logs.sum(axis=0) / WINDOW, logs[-LASTING:].sum(axis=0) / LASTING
-    return _View(layout, logs, layout.take(b.weight_norm), seen, level, late)
-
-
-def _falls(view: _View, stuck: bool) -> Iterator[_Fall]:
-    layout, level = view.layout, view.level
+def _falls(window: Window, stuck: bool) -> Iterator[_Fall]:
+    layout, level = window.layout, window.level
     after = _largest_after(np.where(layout.reference, level, -np.inf))
     fall = after - _largest_so_far(level, layout.branch)
     if not fall.size or float(fall.max()) < SICK:
@@ -191,7 +160,7 @@ def _falls(view: _View, stuck: bool) -> Iterator[_Fall]:
     ends = np.flatnonzero(np.append(layout.branch[1:] != layout.branch[:-1], True)) + 1
     start = 0
     for stop in ends:
-        found = _fall_in(view, fall, start, int(stop), stuck)
+        found = _fall_in(window, fall, start, int(stop), stuck)
         if found is not None:
             yield found
         start = int(stop)
@@ -211,8 +180,8 @@ def _largest_so_far(level: NDArray[np.float64], branch: NDArray[np.int64]) -> ND
     return largest
 
 
-def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
-    layout, logs = view.layout, view.logs
+def _fall_in(window: Window, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
+    layout, logs = window.layout, window.logs
     inside = fall[start:stop]
     cuts = np.flatnonzero(inside >= SICK)
     if not cuts.size:
@@ -222,26 +191,26 @@ def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuc
     after = layout.reference[cut:]
     whole = _whole(layout, start, cut)
     matrices = whole[layout.matrix[whole]]
-    if not matrices.size or _has_own_head(view, start, cut):
+    if not matrices.size or _has_own_head(window, start, cut):
         return None
     layers = int(members(layout.layer[matrices], layout.layers).sum())
     if start > 0 and layers < LAYERS_IN_BRANCH:
         return None
-    tiny = median(view.weights[matrices] * layout.gain[matrices]) < TINY
+    tiny = median(window.weights[matrices] * layout.gain[matrices]) < TINY
     need = (SICK if tiny else FALL) if stuck else FALL_IMPROVING
     if layers == 1:
         need = max(need, LONE)
-    excused = _unfinished(view, deepest)
+    excused = _unfinished(window, deepest)
     # Record by record: the whole fall, from the best reference of that record to the best of the deepest sick part.
     top = (logs[:, cut:] if after.all() else np.where(after, logs[:, cut:], -np.inf)).max(axis=1)
     each = top - logs[:, start:deepest].max(axis=1) - excused
     decades = median(each[-LASTING:])
     if each[-LASTING:].min() < need - 0.5 or decades < need:
         return None
-    reference = cut + int(np.where(after, view.level[cut:], -np.inf).argmax())
-    drop, last = _sharpest(view.late, start, reference)
+    reference = cut + int(np.where(after, window.level[cut:], -np.inf).argmax())
+    drop, last = _sharpest(window.late, start, reference)
     clear = decades >= CLEAR or drop >= SICK
-    if not clear and view.seen < PATIENCE:
+    if not clear and window.seen < PATIENCE:
         return None
     pace = float(each[WINDOW // 2 :].mean() - each[: WINDOW // 2].mean()) / (WINDOW / 2)
     soon = RECOVERY if clear else RECOVERY_UNCLEAR
@@ -250,9 +219,9 @@ def _fall_in(view: _View, fall: NDArray[np.float64], start: int, stop: int, stuc
     return _Fall(start, cut, reference, whole, drop, last, decades + excused)
 
 
-def _has_own_head(view: _View, start: int, cut: int) -> bool:
+def _has_own_head(window: Window, start: int, cut: int) -> bool:
     """The part holds a whole module next to the loss: what is after the cut is another branch."""
-    layout = view.layout
+    layout = window.layout
     heads = layout.head[start:cut]
     if heads.any():
         inside = layout.layer[start:cut][heads]
@@ -264,35 +233,35 @@ def _has_own_head(view: _View, start: int, cut: int) -> bool:
     return bool(distance[cut] > distance[cut - 1] and distance[cut] + 2 >= np.nanmax(distance[start:cut]))
 
 
-def _unfinished(view: _View, cut: int) -> float:
+def _unfinished(window: Window, cut: int) -> float:
     """Decades of the fall due to matrices after the cut that began at zero and have not grown to a usual size."""
-    blank = np.flatnonzero(view.layout.blank[cut:]) + cut
+    blank = np.flatnonzero(window.layout.blank[cut:]) + cut
     if not blank.size:
         return 0.0
-    scale = view.weights[blank] * view.layout.gain[blank]
+    scale = window.weights[blank] * window.layout.gain[blank]
     with np.errstate(divide="ignore", invalid="ignore"):
         missing = -np.log10(np.maximum(scale.astype(float), 1e-30))
     return float(np.nansum(np.maximum(missing, 0.0)))
 
 
-def _by_depth(history: History, view: _View, falls: list[_Fall]) -> Finding:
-    meta, layout, level = history.meta, view.layout, view.late
+def _by_depth(history: History, window: Window, falls: list[_Fall]) -> Finding:
+    meta, layout, level = history.meta, window.layout, window.late
     falls = sorted(falls, key=lambda fall: -fall.decades)
     worst = falls[0]
-    places = np.concatenate([_by_blame(view, fall) for fall in falls])
-    reference = meta.parameters[view.layout.columns[worst.reference]]
+    places = np.concatenate([_by_blame(window, fall) for fall in falls])
+    reference = meta.parameters[window.layout.columns[worst.reference]]
     lowest = worst.start + int(level[worst.start : worst.stop].argmin())
     ratio = 10.0**-worst.decades
     above = min(worst.last + 1, len(level) - 1)
-    gain = view.weights[above] * layout.gain[above]
+    gain = window.weights[above] * layout.gain[above]
     nodes = float(layout.distance[worst.last] - layout.distance[above])
     layers = int(members(layout.layer[places[layout.matrix[places]]], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
-        _onset(history, view, worst),
-        parameters=named(meta, view.layout.columns[places]),
+        _onset(history, window, worst),
+        parameters=named(meta, window.layout.columns[places]),
         message=f"the gradient is {_power(ratio)} of that at {reference.layer or '(model)'}, in {layers} of {total} layers",
         evidence={
             "ratio": ratio,
@@ -322,31 +291,31 @@ def _whole(layout: Layout, start: int, cut: int) -> NDArray[np.int64]:
     return whole if layout.matrix[whole].any() else np.arange(start, cut)
 
 
-def _by_blame(view: _View, fall: _Fall) -> NDArray[np.int64]:
+def _by_blame(window: Window, fall: _Fall) -> NDArray[np.int64]:
     """The sick, most responsible first: from the one place where the gradient is lost towards the input, or the most starved first."""
     places = fall.whole
     if fall.drop >= ONE_PLACE * fall.decades or fall.drop >= OUTSTANDING:
         return np.concatenate((places[places <= fall.last][::-1], places[places > fall.last]))
     # Modules in the order of what their strongest parameter gets: a bias that a normalisation zeroes says nothing.
-    layer = view.layout.layer[places]
-    strongest = np.full(view.layout.layers, -np.inf)
-    np.maximum.at(strongest, layer, view.late[places])
+    layer = window.layout.layer[places]
+    strongest = np.full(window.layout.layers, -np.inf)
+    np.maximum.at(strongest, layer, window.late[places])
     return places[np.argsort(strongest[layer], kind="stable")]
 
 
-def _onset(history: History, view: _View, fall: _Fall) -> int:
+def _onset(history: History, window: Window, fall: _Fall) -> int:
     """The first of the kept records since when the fall has been there without a break, at half its size."""
-    back = history.recent("grad_norm", looked_back(len(view.layout.columns)))
+    back = history.recent("grad_norm", looked_back(len(window.layout.columns)))
     # The module executed first is sick for as long as anything after it has been.
-    places, layout = fall.whole, view.layout
+    places, layout = fall.whole, window.layout
     layers = layout.layer[places]
-    some = view.layout.columns[places[layers == layers[0]]]
+    some = window.layout.columns[places[layers == layers[0]]]
     after = np.flatnonzero(layout.reference[fall.stop :]) + fall.stop
     if len(after) > HIGHEST:
-        after = after[np.argpartition(view.level[after], -HIGHEST)[-HIGHEST:]]
+        after = after[np.argpartition(window.level[after], -HIGHEST)[-HIGHEST:]]
     with np.errstate(divide="ignore", invalid="ignore"):
         sick = np.log10(np.maximum(back.take(some, axis=1).max(axis=1), 1e-45))
-        top = np.log10(np.maximum(np.fmax.reduce(back.take(view.layout.columns[after], axis=1), axis=1), 1e-45))
+        top = np.log10(np.maximum(np.fmax.reduce(back.take(window.layout.columns[after], axis=1), axis=1), 1e-45))
     steps = history.steps[-len(back) :]
     seen = np.isfinite(sick)
     # A record that did not reach them says neither yes nor no.
@@ -357,9 +326,9 @@ def _onset(history: History, view: _View, fall: _Fall) -> int:
     return int(steps[later[0]]) if later.size else int(steps[-1])
 
 
-def _stuck(history: History, view: _View) -> Finding | None:
+def _stuck(history: History, window: Window) -> Finding | None:
     """A whole layer that gets next to nothing and whose weights do not move, though others do."""
-    b, layout = history.baselines, view.layout
+    b, layout = history.baselines, window.layout
     ratio = layout.take(b.update_ratio).astype(float)
     stepped = (layout.take(history.recent("grad_state", 1)[0]) & np.uint8(GradState.STEPPED)) != 0
     matrix = layout.matrix & stepped
@@ -367,12 +336,12 @@ def _stuck(history: History, view: _View) -> Finding | None:
     if not still.any() or not (matrix & ~still).any():
         return None
     moving = float(np.nanmedian(ratio[matrix & ~still]))
-    high = view.logs[-LASTING:].max(axis=0)
-    peers = median(view.logs[-LASTING:, matrix].max(axis=1))
+    high = window.logs[-LASTING:].max(axis=0)
+    peers = median(window.logs[-LASTING:, matrix].max(axis=1))
     early = layout.take(b.early).astype(float) / DECADE
     # Exactly zero from the start on is another fault's business (or none: attention over a single token).
     low = (high <= np.maximum(peers, early) - STUCK) & (early > -40)
-    rising = view.logs[WINDOW // 2 :].mean(axis=0) - view.logs[: WINDOW // 2].mean(axis=0) > 0.2
+    rising = window.logs[WINDOW // 2 :].mean(axis=0) - window.logs[: WINDOW // 2].mean(axis=0) > 0.2
     sick = still & low & ~rising & (moving >= 1e3 * np.maximum(ratio, 1e-12))
     # The layer as a whole: all its matrices, and all of what it stands among if that is a module of its own: under SGD the queries and
     # keys of a small transformer stand still for tens of updates beside values that learn (measured on five architectures).
@@ -382,13 +351,13 @@ def _stuck(history: History, view: _View) -> Finding | None:
     if not sick.any():
         return None
     places = np.flatnonzero(members(layout.layer[sick], layout.layers)[layout.layer])
-    places = places[np.argsort(view.late[places], kind="stable")]
-    worst = float(view.late[sick].min())
+    places = places[np.argsort(window.late[places], kind="stable")]
+    worst = float(window.late[sick].min())
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
-        _stuck_since(history, view, sick, peers),
-        parameters=named(history.meta, view.layout.columns[places]),
+        _stuck_since(history, window, sick, peers),
+        parameters=named(history.meta, window.layout.columns[places]),
         message=f"the gradient is {_power(10.0 ** (worst - peers))} of the largest and the weights do not move",
         evidence={
             "ratio": 10.0 ** (worst - peers),
@@ -410,8 +379,8 @@ def _alone_in_its_module(layout: Layout, sick: NDArray[np.bool_], stepped: NDArr
     return alone
 
 
-def _stuck_since(history: History, view: _View, sick: NDArray[np.bool_], peers: float) -> int:
-    back = history.recent("grad_norm", looked_back(len(view.layout.columns)))[:, view.layout.columns[sick]]
+def _stuck_since(history: History, window: Window, sick: NDArray[np.bool_], peers: float) -> int:
+    back = history.recent("grad_norm", looked_back(len(window.layout.columns)))[:, window.layout.columns[sick]]
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = np.log10(np.maximum(back, 1e-45))
     well = np.flatnonzero((levels > peers - STUCK + 1.5).any(axis=1))
