@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
-from tests.real.architectures import ARCHITECTURES, UPDATES
+from tests.real.architectures import ARCHITECTURES, FLAWED, UPDATES
 from tests.zoo.models import ScaleBackward
 
 FROM_THE_START, LATER, ONE_OF_EQUALS = 15, 11, 30
@@ -25,7 +25,7 @@ class Fault:
     """A fault and where it shows.
 
     Attributes:
-        architecture: a name of `ARCHITECTURES`.
+        architecture: a name of `ARCHITECTURES` or `FLAWED`.
         rule: the one that names it.
         region: the first layer named is one of these modules or below one of them; (): the fault has no place.
         onset: the update at which it begins.
@@ -213,6 +213,8 @@ FAULTS: dict[str, Fault] = {
         "falcon", "non_finite_loss", onset=12, within=LATER, plant=behind("transformer.h.0", log_of_a_negative, since=12)
     ),
     "beit_weight_poisoned": Fault("beit", "non_finite_weight", ("beit.layers.0.mlp.fc1",), onset=12, within=LATER, before=poison),
+    "canine_pooler_unused": Fault("canine", "missing_gradient", ("canine.pooler",)),
+    "efficientnet_small_init": Fault("efficientnet", "vanishing_gradient", ("efficientnet.embeddings", "efficientnet.encoder")),
     "opt_dead_units": Fault(
         "opt", "dead_units", ("model.decoder.layers.0.fc1", "model.decoder.layers.0.activation_fn"), plant=dead
     ),
@@ -241,7 +243,7 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=name, marks=marks(name)) for name, fault in FAULTS.items()])
 def test_the_fault_is_named_at_its_place_in_time_and_alone(fault: Fault) -> None:
-    training = ARCHITECTURES[fault.architecture].training(fault.plant, fault.stepped, fault.before, fault.zeroed)
+    training = (ARCHITECTURES | FLAWED)[fault.architecture].training(fault.plant, fault.stepped, fault.before, fault.zeroed)
     done, named = 0, {}
 
     def told(alert: Alert) -> None:
