@@ -110,7 +110,7 @@ class Scout:
     def lives_here(self) -> bool:
         return True
 
-    def on_backward_begin(self) -> None:
+    def on_backward_begin(self, roots: Sequence[Any]) -> None:
         self._loss.begin()
 
     def on_backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
@@ -141,7 +141,7 @@ class Scout:
             return None
         # The tape went round its listeners before this one came: it would miss the step that it was attached for.
         if private.in_backward():
-            watch.on_backward_begin()
+            watch.on_backward_begin(())
             self._midway.append(watch)
         elif not any(callable(one) for one in (*args[1:], *kwargs.values())):
             self._loss.tell(watch)  # of a closure's backward it hears itself

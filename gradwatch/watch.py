@@ -160,6 +160,7 @@ class GradWatch:
         try:
             self._models, self._recorder, self._attached = models, recorder, True
             TAPE.add(self)
+            recorder.start()
             if any(_ORPHANS.pop(model, False) for model in models.values()):
                 self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
             for lack in private.self_test():
@@ -205,6 +206,9 @@ class GradWatch:
         if last is not None:
             self._safely(last, "closing the watch")
         self._elapsed += time.perf_counter() - self._entered
+        if self._recorder is not None:
+            self._recorder.stop()
+            self._spent += self._recorder.modules.spent
         self._recorder = None
         self._models = None
 
@@ -336,8 +340,11 @@ class GradWatch:
         recorder = self._recorder
         return self._home.here() or (recorder is not None and recorder.clock.in_backward)
 
-    def on_backward_begin(self) -> None:
-        self._guard(lambda recorder: recorder.backward_begin())
+    def _lives_in_this_thread(self) -> bool:
+        return self._home.here()
+
+    def on_backward_begin(self, roots: Sequence[Any]) -> None:
+        self._guard(lambda recorder: recorder.backward_begin(roots))
         self._judge_pending()
 
     def on_backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
@@ -369,6 +376,8 @@ class GradWatch:
     def on_fork(self) -> None:
         self._attached, self._failed = False, True
         self._console = None
+        if self._recorder is not None:
+            self._recorder.stop()
         self._recorder = None
 
     def _heeds(self, optimizer: Optimizer) -> bool:
@@ -403,6 +412,8 @@ class GradWatch:
             recorded=_weakly(self._recorded),
             on_row=_weakly(self._on_row),
             on_meta=_weakly(self._on_meta),
+            here=_weakly(self._lives_in_this_thread),
+            notice=_weakly(self._notice),
             act=self._actor,
             scaler=self._scaler,
             started=time.perf_counter() if self._started is None else self._started,

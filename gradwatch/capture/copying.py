@@ -43,26 +43,18 @@ class Ours:
         return _blank, (type(self),)
 
 
-def enter(classes: Iterable[type]) -> None:
-    """Leave our hooks out of modules of these classes until `leave`; one call counts once for each time that a class is given."""
+def enter(owner: object, classes: Iterable[type]) -> None:
+    """Leave our hooks out of modules of these classes until `leave(owner)`; called again, of these instead of those before."""
     with _lock:
-        for cls in classes:
-            places, count = _entered.get(cls, ((), 0))
-            if not count:
-                places = tuple(place for place in _places(cls) if _take(place))
-            _entered[cls] = places, count + 1
+        _entered[id(owner)] = frozenset(classes)
+        _settle()
 
 
-def leave(classes: Iterable[type]) -> None:
-    """Take back one `enter` of each of these classes; with the last one everything is as it was, but for what others changed since."""
+def leave(owner: object) -> None:
+    """Take back what `enter(owner, ...)` did; with the last one everything is as it was, but for what others changed since."""
     with _lock:
-        for cls in classes:
-            places, count = _entered.pop(cls, ((), 0))
-            if count > 1:
-                _entered[cls] = places, count - 1
-            elif count:
-                for place in places:
-                    _give_back(place)
+        _entered.pop(id(owner), None)
+        _settle()
 
 
 # -- what is left out --------------------------------------------------------------------------------------------------------------
@@ -186,13 +178,13 @@ class _Wrapped:
     """A place that we have taken."""
 
     def __init__(self, original: Any, wrapper: Any) -> None:
-        self.original, self.wrapper, self.count = original, wrapper, 1
+        self.original, self.wrapper = original, wrapper
 
 
 _REDUCE, _DEEPCOPY, _TABLE = "__reduce_ex__", "__deepcopy__", "dispatch_table"
 
 _lock = threading.RLock()
-_entered: dict[type, tuple[tuple[_Place, ...], int]] = {}
+_entered: dict[int, frozenset[type]] = {}
 _taken: dict[_Place, _Wrapped] = {}
 
 
@@ -209,29 +201,31 @@ def _places(cls: type) -> list[_Place]:
     return places
 
 
-def _take(place: _Place) -> bool:
-    if place in _taken:
-        _taken[place].count += 1
-        return True
+def _settle() -> None:
+    """Take what is needed and is not taken, and give back the rest: so nothing is lost where Ctrl-C breaks it off halfway."""
+    needed = {place for classes in _entered.values() for cls in classes for place in _places(cls)}
+    for place in [place for place in _taken if place not in needed]:
+        _give_back(place)
+    for place in needed - _taken.keys():
+        _take(place)
+
+
+def _take(place: _Place) -> None:
     original = place.function()
     wrap: dict[str, Callable[..., Any]] = {_REDUCE: _reduce_ex, _DEEPCOPY: _deep_copy, _TABLE: _reducer}
-    wrapper = wrap[place.name](place.owner, original)
+    _taken[place] = _Wrapped(original, wrap[place.name](place.owner, original))
     try:
-        place.put(wrapper)
-    except (TypeError, AttributeError):  # a class that cannot be changed: the second line is left
-        return False
-    _taken[place] = _Wrapped(original, wrapper)
-    return True
+        place.put(_taken[place].wrapper)
+    except (TypeError, AttributeError):
+        pass  # a class that cannot be changed: the second line is left
 
 
 def _give_back(place: _Place) -> None:
     wrapped = _taken[place]
-    wrapped.count -= 1
-    if not wrapped.count:
-        del _taken[place]
-        # Somebody may have wrapped or replaced it since: then it stays in their chain, and finds nothing to leave out.
-        if place.function() is wrapped.wrapper:
-            place.put(wrapped.original)
+    # Somebody may have wrapped or replaced it since: then it stays in their chain, and finds nothing to leave out.
+    if place.function() is wrapped.wrapper:
+        place.put(wrapped.original)
+    del _taken[place]
 
 
 def _reduce_ex(owner: Any, original: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.capture.modules import Taken
 from gradwatch.clock import Open, Outcome
 from gradwatch.records import GradState, SkipReason
 
@@ -52,6 +53,7 @@ class Draft:
         remote: slots whose norm is on its way from a device.
         norm_on_device: norms of this record came from a device.
         remote_loss: its loss is on a device.
+        taken: what hooks on modules left behind; None: it was not looked at.
     """
 
     full: bool
@@ -75,6 +77,7 @@ class Draft:
     remote: list[int] = field(default_factory=list)
     norm_on_device: bool = False
     remote_loss: bool = False
+    taken: Taken | None = None
 
     @classmethod
     def blank(cls, size: int, full: bool, cadence: frozenset[int]) -> Draft:
@@ -118,12 +121,15 @@ class Closed:
     owners: NDArray[np.int64]
     time: float
 
-    def write(self, row: NDArray[Any], columns: NDArray[np.int64] | None) -> None:
+    def write(
+        self, row: NDArray[Any], columns: NDArray[np.int64] | None, layers: Mapping[str, NDArray[np.float64] | float] | None
+    ) -> None:
         """Write it into a row in which nothing is observed.
 
         Args:
             row: a 0-d structured array of the history's layout.
             columns: the column of each slot, -1 for none; None: the slots are the columns.
+            layers: statistics of modules and of the model's input, by name; None: not looked at.
         """
         draft, record, outcome = self.draft, self.record, self.outcome
         scale = draft.scale
@@ -157,6 +163,9 @@ class Closed:
         row["loss_scale"] = scale
         row["backward_calls"] = record.backward_calls
         row["time"] = self.time
+        if layers is not None:
+            for name, values in layers.items():
+                row[name] = values
 
     def _without_strangers(self, norm: NDArray[np.float64]) -> NDArray[np.float64]:
         """Leave the parameters of owners that did not step out of the record; the norms of those whose owner did."""

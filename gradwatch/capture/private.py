@@ -66,6 +66,63 @@ version: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor was changed in place, as far as autograd was told; a getter in C, for it is asked of every gradient."""
 
 
+def version_or_zero(tensor: Tensor) -> int:
+    """The same, of any tensor: those made under `inference_mode` count nothing."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def base(tensor: Tensor) -> Tensor | None:
+    """What a tensor is a view of; None for one that is no view."""
+    return tensor._base
+
+
+def is_ordinary() -> bool:
+    """Whether tensors are what they seem: no `torch.func` transform, no dispatch mode (FakeTensor, export), no `jit.trace`. 0.3 us.
+
+    Without a private name: yes, as far as is known.
+    """
+    try:
+        return (
+            torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._get_tracing_state() is None
+        )
+    except AttributeError:
+        return True
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves now is packed by somebody's hooks (a checkpoint): reading it would start a recomputation.
+
+    Without the private name: yes, so that nothing is read.
+    """
+    try:
+        return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    except (AttributeError, TypeError, RuntimeError):
+        return True
+
+
+def forward_hooks(module: torch.nn.Module) -> dict[int, Any]:
+    """The dictionary of a module's forward hooks, live: to take one out and put it in again costs a fiftieth of registering it."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: torch.nn.Module) -> dict[int, Any]:
+    """The same of its forward pre-hooks."""
+    return module._forward_pre_hooks
+
+
+def take_out_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """Remove forward hooks and forward pre-hooks, and what is noted of them elsewhere, as their handles would."""
+    for hooks, companions in (
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+    ):
+        for number in [number for number, hook in list(hooks.items()) if which(hook)]:
+            for table in (hooks, *companions):
+                table.pop(number, None)
+
+
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     """The dictionary of a module's own submodules, live: that a name was added or replaced shows in it."""
     return module._modules

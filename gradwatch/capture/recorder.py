@@ -15,13 +15,15 @@ from torch.optim import Optimizer
 
 from gradwatch.capture import acting, private
 from gradwatch.capture.acting import Act, Deliberate
-from gradwatch.capture.description import InitialFacts, describe
+from gradwatch.capture.description import InitialFacts, describe, in_scope, kind_of
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import walk
+from gradwatch.capture.layers import statistics
+from gradwatch.capture.modules import ModuleHooks
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
-from gradwatch.capture.parameters import ParameterTable, dense, on_host
+from gradwatch.capture.parameters import ParameterTable, dense, on_host, unwrap
 from gradwatch.capture.scale import LossScale
 from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.walks import Walks
@@ -44,6 +46,8 @@ class Recorder:
         recorded: gives the number of the next record.
         on_row: told that it is written.
         on_meta: takes the static facts when they change.
+        here: whether this is the thread whose training is watched.
+        notice: told what there is to say of the watch itself.
         act: acts right before a step. None: nobody does.
         scaler: the only GradScaler that is heard; None: any.
         started: `time.perf_counter()` of second 0; None: now.
@@ -58,6 +62,8 @@ class Recorder:
         recorded: Callable[[], int],
         on_row: Callable[[], None],
         on_meta: Callable[[Meta], None],
+        here: Callable[[], bool],
+        notice: Callable[[str], None],
         act: Act | None = None,
         scaler: Any = None,
         started: float | None = None,
@@ -75,6 +81,10 @@ class Recorder:
         self._initial = InitialFacts()
         self.scale = LossScale(scaler)
         self._walks = Walks(self.table)
+        self.modules = ModuleHooks(here, notice)
+        self._models = models
+        self._root_of: list[int] = []
+        self._late = False
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
         self._draft: Draft | None = None
@@ -99,7 +109,16 @@ class Recorder:
         facts = walk(roots, self.table.slot_of)
         return bool(facts.distance) or (facts.opaque and here)
 
-    def backward_begin(self) -> None:
+    def start(self) -> None:
+        """Put hooks on modules; `stop` takes them out."""
+        self._scan_modules()
+        self._listen()
+
+    def stop(self) -> None:
+        """Nothing of the watch is left on the model."""
+        self.modules.remove()
+
+    def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
         self._drain(force=False)
         if self.table.changed():
@@ -107,13 +126,18 @@ class Recorder:
         if self.clock.steps_running():
             self._forget_broken_steps(0)
         outcome = self.clock.backward_begin(self._cleared, self._moved)
+        self._late = outcome is not None
         if outcome is not None:
             self._finish(outcome)
+        self.modules.begin_backward(roots)
         self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
+        if self.modules.listening:
+            every = reached is self.gradients.everything
+            self.modules.end_backward(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
             self.scale.forget()
         record = self.clock.open
@@ -137,6 +161,7 @@ class Recorder:
         """The outermost backward raised."""
         self.clock.backward_failed()
         self.gradients.fail()
+        self.modules.end_backward(())
         self._dirty = self._draft is not None
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
@@ -328,6 +353,7 @@ class Recorder:
     def suspect(self) -> None:
         """Something is wrong: full statistics at every update, as at the start."""
         self._counts.clear()
+        self._listen()
 
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
@@ -335,10 +361,7 @@ class Recorder:
         draft = self._draft
         if draft is None:
             cadence = self._cadence(slots)
-            count = self._counts.get(cadence, 0)
-            dense, every = self._sampling.dense, self._sampling.every
-            full = count < dense or count % every == 0
-            draft = self._draft = Draft.blank(len(self.table), full, cadence)
+            draft = self._draft = Draft.blank(len(self.table), self._is_due(self._counts.get(cadence, 0)), cadence)
         self.gradients.read(slots)
         index: Any = slice(None) if slots is self.gradients.everything else slots
         draft.norm[index] = self.gradients.norm[index]
@@ -351,6 +374,23 @@ class Recorder:
             self._sample(draft, slots)
         elif not self._versions:
             self._versions = [(slot, private.version(self.table.params[slot])) for slot in slots[:3]]
+
+    def _is_due(self, count: int) -> bool:
+        """Whether full statistics are taken of a record when `count` of its kind went before."""
+        return count < self._sampling.dense or count % self._sampling.every == 0
+
+    def _listen(self) -> None:
+        """Whether the forward pass of the next update is looked at. Where a record closes late, it runs before that."""
+        counts = self._counts.values()
+        due = not counts or any(self._is_due(count) or (self._late and self._is_due(count + 1)) for count in counts)
+        self.modules.listen(due)
+
+    def _roots_of(self, record: Open, draft: Draft) -> set[int]:
+        """Numbers of the watched models of which the record is."""
+        if len(self._models) == 1:
+            return {0}
+        owner_of = self.owners.owner_of
+        return {self._root_of[slot] for slot in record.reached if slot not in owner_of or owner_of[slot] in record.stepped}
 
     def _cadence(self, slots: Iterable[int]) -> frozenset[int]:
         owner_of = self.owners.owner_of
@@ -516,6 +556,11 @@ class Recorder:
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
+            if self.modules.listening:
+                if draft.full:
+                    draft.taken = self.modules.take(self._roots_of(record, draft))
+                self.modules.drop({self._root_of[slot] for slot in record.reached})
+            self._listen()
             self._see_frozen()
             self._foreign_steps = self._unowned = 0
             closed = Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
@@ -524,6 +569,8 @@ class Recorder:
                 self._drain(force=True, before=closed)
                 for slab in self._reader.slabs.values():
                     slab.send()
+                if draft.taken is not None:
+                    self.modules.send()
             else:
                 self._drain(force=True)
         self.weights.forget()
@@ -568,8 +615,17 @@ class Recorder:
                 self._describe()
             self._update_pending(self.clock.open)
             in_order = self.table.in_order and len(closed.draft.norm) == len(self.table)
-            closed.write(self._next_row(), None if in_order else self.table.columns)
+            layers = self._layers(closed.draft)
+            closed.write(self._next_row(), None if in_order else self.table.columns, layers)
             self._on_row()
+
+    def _layers(self, draft: Draft) -> Mapping[str, NDArray[np.float64] | float] | None:
+        taken, draft.taken = draft.taken, None
+        if taken is None:
+            return None
+        found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
+        self.modules.release(taken)
+        return found
 
     # -- facts ---------------------------------------------------------------------------------------------------------------------
 
@@ -583,8 +639,23 @@ class Recorder:
             ever_stepped=self._ever_stepped,
         )
 
+    def _scan_modules(self) -> None:
+        chosen = [
+            (module, column, self._root(name), kind_of(module))
+            for column, (name, module) in enumerate(self.table.modules.items())
+            if in_scope(name, self._sampling.include, self._sampling.exclude)
+        ]
+        self.modules.scan(chosen, [unwrap(model) for model in self._models.values()])
+        self._root_of = [self._root(layer) for layer in self.table.layers]
+
+    def _root(self, layer: str) -> int:
+        """Number of the watched model that holds a module."""
+        return next((i for i, key in enumerate(self._models) if not key or layer == key or layer.startswith(key + ".")), 0)
+
     def _rescan(self) -> None:
         self.table.rescan()
+        if self.modules.cells:
+            self._scan_modules()
         self._reader = NormReader(self.table.params)
         self.gradients.resize(self.table.params, self._reader)
         self.weights = WeightSample(self.table.params)

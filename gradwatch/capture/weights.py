@@ -11,10 +11,7 @@ from torch import Tensor
 
 from gradwatch.capture import private
 from gradwatch.capture.parameters import as_real, materialised
-
-CHUNKS, CHUNK = 16, 64
-"""A parameter of more than 1,024 elements is sampled by 16 chunks of 64 contiguous ones: a chunk is a few cache lines, and its place
-is fixed, because the random generator belongs to the training."""
+from gradwatch.capture.samples import CHUNK, CHUNKS, WHOLE, step_of
 
 
 class _Group:
@@ -147,9 +144,9 @@ def _sample(parameter: Tensor) -> Tensor | None:
     if n == 0 or span != n:
         return None
     offset = tensor.storage_offset()
-    if n <= CHUNKS * CHUNK:
+    if n <= WHOLE:
         return as_real(tensor.as_strided((n,), (1,), offset))
-    return as_real(tensor.as_strided((CHUNKS, CHUNK), (n // CHUNKS, 1), offset))
+    return as_real(tensor.as_strided((CHUNKS, CHUNK), (step_of(n), 1), offset))
 
 
 def _pointer(parameter: Tensor) -> int:

@@ -73,13 +73,13 @@ def classes(model: nn.Module) -> list[type]:
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Cell]:
     """Our hooks in every module, and left out of what leaves."""
-    given = classes(model)
-    enter(given)
+    owner = object()
+    enter(owner, classes(model))
     try:
         with hooked(model) as cell:
             yield cell
     finally:
-        leave(given)
+        leave(owner)
 
 
 def keys_of(model: nn.Module) -> set[object]:
@@ -507,15 +507,15 @@ def test_a_graph_module_is_saved_and_copied_as_ever() -> None:
 def test_a_script_module_is_copied_and_refused_as_ever() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
     scripted = torch.jit.script(model)
-    given = classes(scripted)
-    enter(given)
+    owner = object()
+    enter(owner, classes(scripted))
     try:
         with pytest.raises(RuntimeError, match="__getstate__"):
             pickle.dumps(scripted)
         assert torch.equal(copy.deepcopy(scripted)(x), model(x))
         assert torch.jit.script(nn.Sequential(nn.Linear(4, 4)))(torch.ones(1, 4)).shape == (1, 4)
     finally:
-        leave(given)
+        leave(owner)
 
 
 def test_a_copy_of_a_hook_by_another_way_does_nothing() -> None:
@@ -616,9 +616,9 @@ def test_compiled_code_is_not_compiled_again() -> None:
 
     compiled = torch.compile(model, backend=backend)
     compiled(x)
-    enter(classes(model))
+    enter(model, classes(model))
     compiled(x)
-    leave(classes(model))
+    leave(model)
     compiled(x)
     assert len(frames) == 1
     torch.compiler.reset()
@@ -689,9 +689,12 @@ def test_attached_again_and_again_nothing_piles_up() -> None:
 
 
 def test_to_leave_what_was_not_entered_does_nothing() -> None:
-    leave([nn.Linear])
-    enter([nn.Linear])
-    leave([nn.Linear, nn.Linear, nn.Conv2d])
+    one, other = object(), object()
+    leave(one)
+    enter(one, [nn.Linear])
+    leave(other)
+    assert copying._taken
+    leave(one)
 
 
 def test_threads_enter_and_leave_at_once() -> None:
@@ -700,11 +703,12 @@ def test_threads_enter_and_leave_at_once() -> None:
     wrong: list[object] = []
 
     def work() -> None:
+        mine = object()
         for _ in range(100):
-            enter(classes(model))
+            enter(mine, classes(model))
             if pickle.dumps(model) != expected:
                 wrong.append("bytes")
-            leave(classes(model))
+            leave(mine)
 
     with watched(model):
         threads = [threading.Thread(target=work) for _ in range(4)]

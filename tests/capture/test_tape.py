@@ -6,7 +6,7 @@ import copy
 import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class Ear:
         """Whether it follows this thread."""
         return self.home in (None, threading.get_ident())
 
-    def on_backward_begin(self) -> None:
+    def on_backward_begin(self, roots: Sequence[Any]) -> None:
         """A backward starts."""
         self.heard.append("begin")
 

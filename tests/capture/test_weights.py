@@ -19,8 +19,11 @@ SIZES = (1, 2, 1023, 1024, 1025, 1100, 2048, 5000, 16_385)
 
 
 def positions(n: int) -> set[int]:
-    """The sample's elements, spelled out: all up to 1024, else 16 chunks of 64."""
-    return set(range(n)) if n <= 1024 else {i * (n // 16) + k for i in range(16) for k in range(64)}
+    """The sample's elements, spelled out: all up to 1024, else 16 chunks of 64, the largest odd number apart that fits."""
+    if n <= 1024:
+        return set(range(n))
+    apart = max(64, max(step for step in range(1, n, 2) if 15 * step + 64 <= n))
+    return {i * apart + k for i in range(16) for k in range(64)}
 
 
 def sampled(tensor: Tensor) -> Tensor:

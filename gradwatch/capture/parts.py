@@ -1,0 +1,203 @@
+"""What one call of a module leaves behind: where the samples of its output and of the gradients around it lie."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from gradwatch.capture import private
+from gradwatch.capture.samples import Samples
+
+TENSORS = 4
+"""Tensors of one nested output that are described, the first ones: what comes after hidden states and caches is their copies."""
+
+MAX_UNITS = 4096
+"""Units of one layer that are followed, the first ones."""
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Row(NamedTuple):
+    """Where the sample of a tensor lies: which rows, the number of the row, elements in it, and elements of the tensor."""
+
+    samples: Samples
+    number: int
+    elements: int
+    numel: int
+
+
+class Delta:
+    """The gradient with respect to one tensor, sampled as it passes in `backward()`.
+
+    Args:
+        take: copies the sample of a tensor into a row, where gradients are to be looked at now.
+        fail: told of an error of ours, which must not reach the engine.
+
+    Attributes:
+        rows: one for each time that it passed.
+        live: its record has not closed yet.
+        spent: seconds.
+    """
+
+    __slots__ = ("_fail", "_passed", "_take", "live", "rows", "spent")
+
+    def __init__(self, take: Callable[[Tensor], Row | None], fail: Callable[[str], None]) -> None:
+        self._take, self._fail = take, fail
+        self._passed = False
+        self.rows: list[Row] = []
+        self.live = True
+        self.spent = 0.0
+
+    def ask(self, tensor: Tensor) -> None:
+        """Have the gradient of a tensor that is no leaf sampled.
+
+        A view that is later changed in place loses its hook silently: then what it is a view of still has its own.
+        """
+        tensor.register_hook(self._passes)  # type: ignore[no-untyped-call]
+        base = private.base(tensor)
+        if base is not None and base.grad_fn is not None and base.numel() == tensor.numel():
+            base.register_hook(self._passes_base)  # type: ignore[no-untyped-call]
+
+    def _passes(self, grad: Tensor) -> None:
+        self._passed = True
+        self._look(grad)
+
+    def _passes_base(self, grad: Tensor) -> None:
+        # It comes after the view's, where that has not lost its hook.
+        if self._passed:
+            self._passed = False
+        else:
+            self._look(grad)
+
+    def _look(self, grad: Tensor) -> None:
+        if not self.live or type(grad) not in _PLAIN:
+            return
+        start = perf_counter()
+        try:
+            row = self._take(grad.detach())
+            if row is not None:
+                self.rows.append(row)
+        except Exception:
+            self._fail(traceback.format_exc())
+        self.spent += perf_counter() - start
+
+
+@dataclass(slots=True)
+class Activation:
+    """What an activation, a module or a function, did to one tensor.
+
+    Attributes:
+        module: it, or a module that stands for the function.
+        given: sample of its input; None where its output tells all, or the input is gone.
+        out: sample of its output; None where it is not to be had.
+        peaks: rows of the largest magnitude of each unit.
+    """
+
+    module: nn.Module
+    given: Row | None = None
+    out: Row | None = None
+    peaks: list[Row] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Part:
+    """One tensor that a call of a module put out.
+
+    Attributes:
+        column: of the module.
+        out: sample of the tensor.
+        above: the gradient with respect to it.
+        below: the gradient with respect to the module's first input.
+        own: the rows of `out` and `above`, and of `below`, are its own and not another part's.
+        axis: of its units: 1 where channels come first, else the last, -1.
+        node: sequence number of the autograd node that made the tensor; -1: none.
+        readable: what the graph saved behind it may be read: nobody's hooks pack it.
+        activations: the module, if it is one, or the functions that follow it.
+    """
+
+    column: int
+    out: Row
+    above: Delta | None = None
+    below: Delta | None = None
+    own: tuple[bool, bool] = (True, False)
+    axis: int = -1
+    node: int = -1
+    readable: bool = True
+    activations: list[Activation] = field(default_factory=list)
+
+    def deltas(self) -> Iterator[Delta]:
+        """Those that are its own."""
+        if self.above is not None and self.own[0]:
+            yield self.above
+        if self.below is not None and self.own[1]:
+            yield self.below
+
+    def rows(self) -> Iterator[Row]:
+        """All rows that are its own."""
+        if self.own[0]:
+            yield self.out
+        for delta in self.deltas():
+            yield from delta.rows
+        for activation in self.activations:
+            yield from activation.peaks
+            if activation.given is not None:
+                yield activation.given
+            if activation.out is not None and activation.out is not self.out:
+                yield activation.out
+
+
+def tensors_in(thing: Any) -> list[Tensor]:
+    """The first plain floating tensors in nested tuples, lists, mappings and dataclasses; scalars (a loss) only where there is nothing else."""
+    if type(thing) in _PLAIN and thing.dim():
+        return [thing] if thing.is_floating_point() or thing.is_complex() else []
+    found: list[Tensor] = []
+    scalars: list[Tensor] = []
+    _collect((thing,), found, scalars, 4)
+    return found or scalars
+
+
+def _collect(things: Iterable[Any], found: list[Tensor], scalars: list[Tensor], depth: int) -> None:
+    for thing in things:
+        if len(found) >= TENSORS:
+            return
+        if type(thing) in _PLAIN:
+            if thing.is_floating_point() or thing.is_complex():
+                (found if thing.dim() else scalars).append(thing)
+        elif depth:
+            if isinstance(thing, (tuple, list)):
+                _collect(thing, found, scalars, depth - 1)
+            elif isinstance(thing, Mapping):
+                _collect(thing.values(), found, scalars, depth - 1)
+            elif is_dataclass(thing) and not isinstance(thing, type):
+                _collect(vars(thing).values(), found, scalars, depth - 1)
+
+
+def unit_peaks(y: Tensor, axis: int, turn: int) -> Tensor:
+    """`[U]`: the largest magnitude of each unit over a bounded part of the batch, another part at each turn.
+
+    Args:
+        y: an activation's output, detached, real, of at least two dimensions.
+        axis: of its units: 1, else the last.
+        turn: number of the look.
+    """
+    if axis == 1 and y.dim() > 2:
+        y = _some(y, 0, 8, turn)[:, :MAX_UNITS]
+        y = _some(y.flatten(2), 2, 64, turn)
+        return y.abs().amax((0, 2))
+    y = y.reshape(-1, y.shape[-1])
+    return _some(y, 0, 32, turn)[:, :MAX_UNITS].abs().amax(0)
+
+
+def _some(y: Tensor, dim: int, wanted: int, turn: int) -> Tensor:
+    """About `wanted` places of a dimension, evenly spread; others at each turn."""
+    size = y.shape[dim]
+    if size <= wanted:
+        return y
+    step = -(-size // wanted)
+    index = [slice(None)] * dim + [slice(turn % step, None, step)]
+    return y[tuple(index)]
