@@ -100,6 +100,7 @@ def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -
             found["activation_nonfinite"] = _where(seen, np.bincount(column, out.nonfinite, layers))
             _take_deltas(found, parts, column, layers, scale)
         _take_activations(found, parts, layers)
+    _take_compiled(found, taken.compiled)
     _take_units(found, parts, {cell.column: cell for cell in cells})
     if inputs:
         given = _moments(inputs)
@@ -172,6 +173,23 @@ def _flat(activation: Activation) -> tuple[int, int] | None:
         x, y = given, activation.module(given)  # a function saved its input only
     flat = saturation.flat(activation.module, x, y)
     return None if flat is None else (int(np.count_nonzero(flat.numpy())), y.numel())
+
+
+def _take_compiled(found: dict[str, NDArray[np.float64] | float], compiled: Mapping[int, NDArray[np.float64]]) -> None:
+    """Add what compiled code wrote: a module runs in it or outside."""
+    arrays = {name: values for name, values in found.items() if isinstance(values, np.ndarray)}
+    for column, totals in compiled.items():
+        calls, elements, squares, nonfinite, flat, largest = totals
+        if arrays["calls"][column] > 0:
+            continue
+        # Never called, or compiled before the hooks were there: who can tell.
+        arrays["calls"][column] = calls if calls > 0 else np.nan
+        if elements > 0:
+            arrays["activation_rms"][column] = np.sqrt(squares / elements)
+            arrays["activation_absmax"][column] = largest
+            arrays["activation_nonfinite"][column] = nonfinite
+            if flat >= 0:
+                arrays["saturated_fraction"][column] = flat / elements
 
 
 def _take_units(found: dict[str, NDArray[np.float64] | float], parts: Sequence[Part], cells: Mapping[int, Cell]) -> None:

@@ -26,6 +26,7 @@ from gradwatch.capture.functional import find_functions
 from gradwatch.capture.parameters import as_real
 from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in, unit_peaks
 from gradwatch.capture.samples import WHOLE, Samples
+from gradwatch.capture.traced import Traced, clear, read
 
 CALLS = 8
 """Calls of one module that are sampled in one record, the first ones; all are counted. It bounds what an update of many micro-batches
@@ -49,9 +50,24 @@ class Cell(Ours):
         claimed: how many of those belong to the open record.
         looks: records in which its units were looked at.
         fired: int64 `[U]`, the last of them in which each unit fired.
+        traced: what compiled code writes into; None where none could.
     """
 
-    __slots__ = ("_hooks", "calls", "claimed", "column", "fired", "fires", "flat", "kind", "looks", "module", "needs_input", "root")
+    __slots__ = (
+        "_hooks",
+        "calls",
+        "claimed",
+        "column",
+        "fired",
+        "fires",
+        "flat",
+        "kind",
+        "looks",
+        "module",
+        "needs_input",
+        "root",
+        "traced",
+    )
 
     def __init__(self, hooks: ModuleHooks, module: nn.Module, column: int, root: int, kind: str) -> None:
         self._hooks: ModuleHooks | None = hooks
@@ -60,8 +76,10 @@ class Cell(Ours):
         self.needs_input = self.flat and saturation.needs_input(module)
         self.fires = saturation.fires(module)
         self.calls = self.claimed = self.looks = 0
+        self.traced: Traced | None = None
         self.fired: NDArray[np.int64] = np.zeros(0, np.int64)
 
+    @private.never_a_frame
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a watched model: until it returns its modules are looked at, if gradients are recorded now."""
         if torch.compiler.is_dynamo_compiling():
@@ -70,12 +88,15 @@ class Cell(Ours):
         if hooks is not None and hooks.listening and hooks.inside is None:
             hooks.guarded(hooks.entering, self, (*args, *kwargs.values()))
 
+    @private.never_a_frame
     def forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook.
 
         One output tensor without a gradient: 6 torch calls, 12 us on one thread of a CPU; with one 9, 20 us; a rectifier 4 more, 10 us.
         """
         if torch.compiler.is_dynamo_compiling():
+            if self.traced is not None:
+                self.traced.add(module, args, output)
             return
         hooks = self._hooks
         if hooks is None or not hooks.listening:  # None: a copy, as made by `deepcopy(vars(module))`
@@ -94,11 +115,13 @@ class Taken:
         parts: of all calls, in order.
         inputs: samples of what the watched models were given.
         calls: column -> calls.
+        compiled: column -> float64 `[6]`, the totals that compiled code wrote (`traced.py`).
     """
 
     parts: list[Part] = field(default_factory=list)
     inputs: list[Row] = field(default_factory=list)
     calls: dict[int, int] = field(default_factory=dict)
+    compiled: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class ModuleHooks:
@@ -111,6 +134,7 @@ class ModuleHooks:
     Attributes:
         cells: one for each module in scope.
         listening: this update is looked at.
+        compiled: there is compiled code in the process: the hooks stay in place, for it would not take them back.
         inside: a watched model is running and its modules are looked at; False: they are not (no gradient is recorded, or a
             checkpoint is recomputed); None: no watched model is running as a whole.
         entered: the model that is running.
@@ -121,6 +145,7 @@ class ModuleHooks:
         self._here, self._notice = here, notice
         self.cells: list[Cell] = []
         self.listening = False
+        self.compiled = False
         self.inside: bool | None = None
         self.entered: nn.Module | None = None
         self.spent = 0.0
@@ -137,13 +162,15 @@ class ModuleHooks:
 
     # -- in and out ----------------------------------------------------------------------------------------------------------------
 
-    def scan(self, modules: Iterable[tuple[nn.Module, int, int, str]], roots: Sequence[nn.Module]) -> None:
+    def scan(self, modules: Iterable[tuple[nn.Module, int, int, str]], roots: Sequence[nn.Module], compiled: bool = False) -> None:
         """Put hooks on modules, anew where some were there before.
 
         Args:
             modules: (module, its column, number of its watched model, its kind) of each that is in scope.
             roots: the watched models.
+            compiled: one of them is known to be compiled, by what wraps it.
         """
+        devices = [next((p.device for p in model.parameters()), torch.device("cpu")) for model in roots]
         known = {id(cell.module): cell for cell in self.cells}
         self.remove()
         self._parts, self._claimed, self._inputs = [[] for _ in roots], [0] * len(roots), [[] for _ in roots]
@@ -168,13 +195,21 @@ class ModuleHooks:
             handle = model.register_forward_pre_hook(enter, with_kwargs=True)
             places.append((private.forward_pre_hooks(model), handle.id, enter))
         self._places = places
-        self._in_place(self.listening)
+        for cell in self.cells:
+            if cell.traced is None and cell.column >= 0:
+                cell.traced = Traced(cell.module, devices[cell.root])
+        self.compiled = self.compiled or compiled or private.has_compiled() or any(map(private.is_compiled, self._touched))
+        self._in_place(self.listening or self.compiled)
 
     def listen(self, on: bool) -> None:
         """Whether the next update is looked at: hooks are in place only where it is (a dictionary's insertion: 0.1 us a module)."""
         if on is not self.listening and not self._failed:
             self.listening = on
-            self._in_place(on)
+            # Compiled code keeps the hooks that it was compiled with, and ignores those that are put in again (measured).
+            if not self.compiled:
+                self.compiled = private.has_compiled()
+            if on or not self.compiled:
+                self._in_place(on)
 
     def _in_place(self, on: bool) -> None:
         for place, number, hook in self._places:
@@ -337,8 +372,13 @@ class ModuleHooks:
             if cell.root in roots:
                 cell.claimed = cell.calls
 
-    def take(self, roots: Iterable[int]) -> Taken:
-        """What belongs to the record that closes, of these models; give it back by `release`."""
+    def take(self, roots: Iterable[int], observe: bool = True) -> Taken:
+        """What belongs to the record that closes, of these models; give it back by `release`.
+
+        Args:
+            roots: numbers of the models.
+            observe: it is looked at; else it is only cleared.
+        """
         roots = set(roots)
         taken = Taken()
         for root in roots:
@@ -352,6 +392,13 @@ class ModuleHooks:
             if cell.root in roots:
                 taken.calls[cell.column] = cell.claimed
                 cell.calls, cell.claimed = cell.calls - cell.claimed, 0
+        self.compiled = self.compiled or private.has_compiled()
+        if self.compiled:
+            mine = [cell for cell in self.cells if cell.root in roots and cell.traced is not None]
+            traced = [cell.traced for cell in mine if cell.traced is not None]
+            if observe:
+                taken.compiled = dict(zip((cell.column for cell in mine), read(traced), strict=True))
+            clear(traced)
         return taken
 
     def send(self) -> None:
@@ -376,4 +423,4 @@ class ModuleHooks:
 
     def drop(self, roots: Iterable[int]) -> None:
         """Forget what these models did in the record that closes."""
-        self.release(self.take(roots))
+        self.release(self.take(roots, observe=False))

@@ -76,6 +76,21 @@ def base(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
+def has_compiled() -> bool:
+    """Whether dynamo has compiled a frame in this process; without the private name: whether it is there at all."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    try:
+        return bool(sys.modules["torch._dynamo.utils"].counters["frames"] or sys.modules["torch._dynamo.utils"].counters["stats"])
+    except (KeyError, AttributeError, TypeError):
+        return True
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def is_ordinary() -> bool:
     """Whether tensors are what they seem: no `torch.func` transform, no dispatch mode (FakeTensor, export), no `jit.trace`. 0.3 us.
 
@@ -162,6 +177,24 @@ def uncompiled(function: Callable[..., T]) -> Callable[..., T]:
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
+
+
+def never_a_frame(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, which dynamo traces where it is part of something compiled, and else leaves alone, with all that it calls.
+
+    A hook on the outermost compiled module runs beside its graph, and dynamo would compile it as another one (measured).
+    Without the private name: it does.
+    """
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    code: Any = getattr(function, "__code__", None)
+    try:
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+    except (AttributeError, TypeError):
+        skip_code = getattr(frames, "skip_code", None)  # as earlier versions have it
+        if skip_code is not None:
+            skip_code(code)
+    return function
 
 
 def running_steps(limit: int = 400) -> int:

@@ -84,7 +84,8 @@ class Recorder:
         self.modules = ModuleHooks(here, notice)
         self._models = models
         self._root_of: list[int] = []
-        self._late = False
+        self._late = self._unseen_told = False
+        self._notice = notice
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
         self._draft: Draft | None = None
@@ -556,7 +557,7 @@ class Recorder:
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
-            if self.modules.listening:
+            if self.modules.listening or self.modules.compiled:
                 if draft.full:
                     draft.taken = self.modules.take(self._roots_of(record, draft))
                 self.modules.drop({self._root_of[slot] for slot in record.reached})
@@ -625,7 +626,26 @@ class Recorder:
             return None
         found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
         self.modules.release(taken)
+        if taken.compiled and not self._unseen_told:
+            self._tell_unseen(draft, found["calls"])
         return found
+
+    def _tell_unseen(self, draft: Draft, calls: Any) -> None:
+        """Modules whose parameters a backward reached though nobody saw them run: compiled before the hooks were there."""
+        names = {self.table.layers[slot] for slot in np.flatnonzero(draft.state & np.uint8(GradState.REACHED))}
+        # What attention and recurrent modules hold they use themselves, without calling it.
+        whole = {name for name, module in self.table.modules.items() if kind_of(module) in ("attention", "recurrent")}
+        columns = {name: column for column, name in enumerate(self.table.modules)}
+        unseen = sorted(name for name in names if np.isnan(calls[columns[name]]) and name.rpartition(".")[0] not in whole)
+        hooked = {cell.column for cell in self.modules.cells}
+        unseen = [name for name in unseen if columns[name] in hooked]
+        if unseen:
+            self._unseen_told = True
+            self._notice(
+                f"{len(unseen)} modules ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}) run in code that was compiled before "
+                "the watch was attached, which does not know its hooks: their activations are not seen, their gradients are. Attach the "
+                "watch before the first call of the compiled model, or call torch.compiler.reset() after attaching."
+            )
 
     # -- facts ---------------------------------------------------------------------------------------------------------------------
 
@@ -645,7 +665,9 @@ class Recorder:
             for column, (name, module) in enumerate(self.table.modules.items())
             if in_scope(name, self._sampling.include, self._sampling.exclude)
         ]
-        self.modules.scan(chosen, [unwrap(model) for model in self._models.values()])
+        roots = [unwrap(model) for model in self._models.values()]
+        wrapped = any(root is not model for root, model in zip(roots, self._models.values(), strict=True))
+        self.modules.scan(chosen, roots, compiled=wrapped)
         self._root_of = [self._root(layer) for layer in self.table.layers]
 
     def _root(self, layer: str) -> int:
