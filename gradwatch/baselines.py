@@ -49,6 +49,7 @@ class Baselines:
 
     Args:
         parameters: number P of parameter columns.
+        layers: number L of layer columns.
 
     Attributes:
         records: records taken.
@@ -64,6 +65,7 @@ class Baselines:
         last: `[WINDOW, P]`, the same of its last observed norms, in no order.
         early: `[P]`, median of `first`; NaN until that is full.
         update_ratio, weight_norm, lr: `[P]`, each as last observed; NaN before.
+        first_flat: float32 `[L]`, `saturated_fraction` when it was first observed; NaN before.
         residuals: float64 of at most `KEPT` records, oldest first: logarithm of the norm over what its columns' last observations
             let expect; 0 is usual. NaN where too little was known.
         losses: float64 of at most `KEPT` records, oldest first; NaN where not observed, or in a skipped record.
@@ -90,8 +92,9 @@ class Baselines:
     first: NDArray[np.float32]
     last: NDArray[np.float32]
 
-    def __init__(self, parameters: int) -> None:
+    def __init__(self, parameters: int, layers: int = 0) -> None:
         self.parameters = parameters
+        self.first_flat: NDArray[np.float32] = np.full(layers, np.nan, np.float32)
         for name, (dtype, value) in _COLUMNS.items():
             setattr(self, name, np.full(parameters, value, dtype))
         for name, (dtype, value) in _WINDOWS.items():
@@ -121,6 +124,8 @@ class Baselines:
         for name in ("update_ratio", "weight_norm", "lr"):
             new = row[name]
             np.copyto(getattr(self, name), new, where=new == new)  # where it is a number
+        flat = row["saturated_fraction"]
+        np.copyto(self.first_flat, flat, where=self.first_flat != self.first_flat)
 
     def _count(self, state: NDArray[np.uint8], skipped: bool, step: int) -> None:
         if state.size and int(np.bitwise_and.reduce(state)) & _BOTH == _BOTH and not int(np.bitwise_or.reduce(state)) & _STALE:
@@ -215,8 +220,23 @@ class Baselines:
         level: NDArray[np.float32] = self.last.mean(axis=0)
         return level
 
-    def relayout(self, parameters: int, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
-        """The columns changed: the new column `target[i]` continues the old column `source[i]`, the others start afresh."""
+    def relayout(
+        self,
+        parameters: int,
+        source: NDArray[np.int64],
+        target: NDArray[np.int64],
+        first_flat: NDArray[np.float32] | None = None,
+    ) -> None:
+        """The columns changed: the new column `target[i]` continues the old column `source[i]`, the others start afresh.
+
+        Args:
+            parameters: columns now.
+            source: old columns that go on.
+            target: where they go on.
+            first_flat: of the layers that there are now; None: they are the same as before.
+        """
+        if first_flat is not None:
+            self.first_flat = first_flat
         fresh = Baselines(parameters)
         for name in (*_COLUMNS, *_WINDOWS):
             array = getattr(fresh, name)

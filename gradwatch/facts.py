@@ -55,6 +55,8 @@ class LayerFact:
         order: rank of its first parameter in the order of execution, or None.
         role: "input", "hidden", "head" or "" while unknown.
         activation: for an activation its torch class name, else None.
+        flat: how the activation is flat that the module is, or that of the function behind it (`F.relu`, `torch.tanh`): "two-sided",
+            "one-sided" or "probability"; "" where it has no flat part and where it is not known.
         in_scope: not left out by `Sampling.include` and `exclude`.
     """
 
@@ -65,6 +67,7 @@ class LayerFact:
     role: str = ""
     activation: str | None = None
     in_scope: bool = True
+    flat: str = ""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class History:
     max_bytes: int = MAX_BYTES
 
     def __post_init__(self) -> None:
-        self.baselines = Baselines(len(self.meta.parameters))
+        self.baselines = Baselines(len(self.meta.parameters), len(self.meta.layers))
         self._ring = RingBuffer(_row_dtype(len(self.meta.parameters), len(self.meta.layers)), self.window, self.max_bytes)
         self._blank: NDArray[Any] | None = None
         self._next = self._ring.next(self._blank_bytes())
@@ -242,7 +242,9 @@ class History:
                 else:
                     row[name][l_to] = columns[name][t][l_from]
             ring.append(row)
-        self.baselines.relayout(len(self._parameters), p_from, p_to)
+        first_flat = np.full(len(self._layers), np.nan, np.float32)
+        first_flat[l_to] = self.baselines.first_flat[l_from]
+        self.baselines.relayout(len(self._parameters), p_from, p_to, first_flat)
 
     # -- a run that goes on later, or is judged again ------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gradwatch.diagnose.gains import FUNCTION, kinds_in
 from gradwatch.history import History
-from gradwatch.records import Finding
+from gradwatch.records import Finding, Severity
 
 
 def explain(finding: Finding, history: History) -> tuple[str, str]:
@@ -45,8 +46,19 @@ def _never_stepped(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _missing(finding: Finding, history: History) -> tuple[str, str]:
+    uncalled = finding.evidence.get("uncalled", 0.0)
+    if uncalled == finding.evidence.get("parameters", 0.0) > 0:
+        return (
+            "Nothing in the forward pass calls their modules.",
+            "Call them in forward(), or leave them out of the model (frozen by requires_grad_(False) they are no fault).",
+        )
     graph = set(finding.parameters) & set(history.meta.unreached)
     why = "No path of the graph leads from the loss to them" if graph else "No backward pass reaches them"
+    if finding.evidence.get("called", 0.0) > 0 and not uncalled:
+        return (
+            f"{why}, though their modules run: the output is unused or detached (detach(), no_grad(), .data, .item(), numpy).",
+            "Use the module's output in the loss without detaching it, or freeze it (requires_grad_(False)).",
+        )
     return (
         f"{why}: their output is unused, detached (detach(), no_grad(), .data, .item(), numpy), or never computed.",
         "Use the module's output in the loss without detaching it, or freeze it (requires_grad_(False)).",
@@ -70,6 +82,62 @@ def _scale(finding: Finding, history: History) -> tuple[str, str]:
         "The scaler halves its scale whenever a gradient is Inf or NaN; so many in a row mean NaN at any scale, not overflow.",
         "Look for a NaN with the scaler switched off; if there is none, use bfloat16 or keep the unstable part in float32.",
     )
+
+
+def _input(finding: Finding, history: History) -> tuple[str, str]:
+    if finding.severity < Severity.WARNING:
+        return (
+            "The model is given NaN or Inf, but neither the loss nor a gradient holds any: missing values or a mask, it seems.",
+            "Nothing, if that is meant.",
+        )
+    return (
+        "The batch held NaN or Inf before the model saw it: a missing value, a division by a zero spread, an overflow in half precision.",
+        "Look at the batch of this update (torch.isfinite(x).all()) and mend the data or its normalisation.",
+    )
+
+
+def _activation(finding: Finding, history: History) -> tuple[str, str]:
+    name = finding.layers[0] or "the model" if finding.layers else "the module"
+    if finding.severity < Severity.WARNING:
+        return ("Neither the loss nor a gradient holds NaN or Inf: a mask of -inf, it seems.", "Nothing, if that is meant.")
+    return _diverged(history) or (
+        f"In {name}, or right before it, a log, sqrt, division or exp left its domain or a product overflowed.",
+        "Guard the operation (eps inside log and sqrt, a clamp before exp), or keep that part in float32.",
+    )
+
+
+def _dead(finding: Finding, history: History) -> tuple[str, str]:
+    if finding.step > 0:
+        return (
+            "What they are given went below zero for every input, and no gradient comes back through them to change that.",
+            "Lower the learning rate or warm it up, clip the gradient norm (clip=1.0), or use LeakyReLU or GELU.",
+        )
+    return (
+        "What they are given is below zero for every input since the start: a large negative bias, or weights that make it so.",
+        "Initialise the layer before them with zero biases and kaiming_normal_, normalise its input, or use LeakyReLU or GELU.",
+    )
+
+
+def _saturated(finding: Finding, history: History) -> tuple[str, str]:
+    e = finding.evidence
+    if finding.step > 0:
+        return (
+            "What it is given has grown far beyond the range in which it responds: large steps, or weights or biases set too large.",
+            "Lower the learning rate, add normalisation before it or weight decay, or use an activation without flat ends.",
+        )
+    if e.get("input_std", 1.0) >= LARGE_INPUT:
+        return (
+            f"Inputs with a standard deviation of {e['input_std']:.2g} drive it far beyond the range in which it responds.",
+            "Normalise the inputs to mean 0 and standard deviation 1.",
+        )
+    return (
+        "The weights or biases before it are so large that what it is given lies far beyond the range in which it responds.",
+        "Initialise the layer before it with xavier_normal_ and zero biases, or put normalisation between the two.",
+    )
+
+
+LARGE_INPUT = 5.0
+"""Standard deviation of the inputs that saturates half of a tanh behind PyTorch's default weights (measured)."""
 
 
 def _weight(finding: Finding, history: History) -> tuple[str, str]:
@@ -137,6 +205,9 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
             f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e.get('sharpest_drop', 0.0))}.",
             "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",
         )
+    measured = _by_gains(finding, "pass on", "passes on")
+    if measured:
+        return measured, _REMEDIES.get(kinds_in(e)[0].name, _OTHER_REMEDY)
     # Gates, one to a block, are sigmoids too, and are not what the gradient passes on its way.
     if weak >= 3 and weak >= 0.5 * e.get("layers_in_all", weak):
         which = "sigmoid" if names["Sigmoid"] >= weak else "sigmoid-like activation"
@@ -157,8 +228,45 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
         )
     return (
         f"Each layer passes on less than it gets: {_times(whole)} is left over {e.get('layers_in_all', 0):.0f} layers.",
-        "Add normalisation or residual connections, or initialise so that a layer keeps the scale of what passes it.",
+        _OTHER_REMEDY,
     )
+
+
+_OTHER_ACTIVATION = "Use ReLU or GELU instead, or put normalisation between the layers, or residual connections around them."
+_OTHER_INIT = "Initialise with kaiming_normal_ (ReLU) or xavier_normal_ (tanh), or add normalisation or residual connections."
+_OTHER_REMEDY = "Add normalisation or residual connections, or initialise so that a layer keeps the scale of what passes it."
+_REMEDIES = dict.fromkeys(
+    ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Tanh", "Softsign", "Hardtanh", FUNCTION), _OTHER_ACTIVATION
+) | dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), _OTHER_INIT)
+
+
+def _by_gains(finding: Finding, verb: str, verbs: str) -> str:
+    """The fall or the growth as the product of what modules do to the gradient: "9 Sigmoids pass on ×0.21 each, 9 Linears ×0.9: ..."."""
+    kinds = kinds_in(finding.evidence)
+    if not kinds:
+        return ""
+    # The first does most of it; others are told where they count.
+    told = [kind for i, kind in enumerate(kinds) if i == 0 or abs(kind.decades) >= 0.3][:3]
+    words = []
+    for i, kind in enumerate(told):
+        name = "activation" if kind.name == FUNCTION else kind.name
+        if i:
+            words.append(f"{_number_of(kind.count, name)} ×{_times(kind.gain)}")
+        elif kind.count > 1:
+            words.append(f"{_number_of(kind.count, name)} {verb} ×{_times(kind.gain)} each")
+        else:
+            words.append(f"one {name} {verbs} ×{_times(kind.gain)}")
+    start, end = finding.evidence.get("reference_norm", np.nan), finding.evidence.get("grad_norm", np.nan)
+    text = ", ".join(words) + f": {_power(start)} → {_power(end)}."
+    return text[0].upper() + text[1:]
+
+
+def _number_of(count: int, name: str) -> str:
+    plural = name + ("es" if name.endswith(("s", "x", "h")) and not name.endswith("Tanh") else "s")
+    return f"{count} {plural if count > 1 else name}"
+
+
+_SMALLER_INIT = "Initialise with kaiming_normal_ or xavier_normal_ (recurrent: orthogonal_), add normalisation, or clip (clip=1.0)."
 
 
 def _exploding(finding: Finding, history: History) -> tuple[str, str]:
@@ -168,10 +276,13 @@ def _exploding(finding: Finding, history: History) -> tuple[str, str]:
             "Each step overshoots, so the next gradient is larger still: the learning rate is too high for this loss.",
             "Lower the learning rate by 3 to 10 times, warm it up, and clip the gradient norm (clip=1.0).",
         )
+    measured = _by_gains(finding, "multiply it by", "multiplies it by")
+    if measured and e.get("explained", 0) > 0:
+        return (measured, _SMALLER_INIT)
     if e.get("explained", 0) > 0:
         return (
             f"The weights are large: a typical layer enlarges what passes it {e.get('gain', 1.0):.2g} times, and this multiplies.",
-            "Initialise with kaiming_normal_ or xavier_normal_ (recurrent: orthogonal_), add normalisation, or clip (clip=1.0).",
+            _SMALLER_INIT,
         )
     return (
         f"The weights do not explain it: one step alone enlarges the gradient {e.get('sharpest_rise', 1.0):.2g} times.",
@@ -206,11 +317,20 @@ def _typical_gain(finding: Finding, history: History) -> float | None:
     return float(np.median(gains)) if gains else None
 
 
+def _power(value: float) -> str:
+    """ "4.1e-9"."""
+    return f"{value:.1e}".replace("e+00", "").replace("e-0", "e-").replace("e+0", "e")
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:.2g}" if ratio >= 1e-3 else f"{ratio:.0e}"
 
 
 _WORDS: dict[str, Callable[[Finding, History], tuple[str, str]]] = {
+    "non_finite_input": _input,
+    "non_finite_activation": _activation,
+    "dead_units": _dead,
+    "saturated_activation": _saturated,
     "vanishing_gradient": _vanishing,
     "exploding_gradient": _exploding,
     "gradient_spike": _spike,

@@ -12,10 +12,11 @@ from math import isfinite
 from typing import Any
 
 from gradwatch.diagnose.advice import explain
+from gradwatch.diagnose.execution import lies_before, starts_before
 from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
-from gradwatch.records import Alert, Finding
+from gradwatch.records import Alert, Finding, Severity
 
 CAUSES: tuple[tuple[str, ...], ...] = (
     ("non_finite_input",),
@@ -38,6 +39,9 @@ _RANK = {rule: rank for rank, rules in enumerate(CAUSES) for rule in rules}
 # A spike is one record; what it does to the weights may be told as well, but not instead.
 _EVENTS = frozenset({"gradient_spike"})
 _POISON = frozenset(name for names in CAUSES[:5] for name in names)
+# An activation that passes nothing starves what runs before it, under other names; and what is starved may die of it.
+_BLOCKS = frozenset({"dead_units", "saturated_activation"})
+_STARVED = frozenset({"vanishing_gradient", "zero_gradient"})
 
 
 @dataclass(slots=True)
@@ -80,7 +84,7 @@ class Incidents:
         found = self._run(history)
         # A cause opens its incident before its consequences look for one.
         for finding, persistence in sorted(found, key=lambda pair: _RANK.get(pair[0].rule, len(_RANK))):
-            incident = self._cause_of(finding) or self._same(finding)
+            incident = self._cause_of(finding, history) or self._same(finding)
             if incident is None:
                 incident = self._open(finding, persistence, history)
                 self._take_over(incident, history)
@@ -137,20 +141,27 @@ class Incidents:
 
     # -- incidents -----------------------------------------------------------------------------------------------------------------
 
-    def _cause_of(self, finding: Finding) -> _Incident | None:
+    def _cause_of(self, finding: Finding, history: History) -> _Incident | None:
         """The open incident of which the finding is a consequence."""
         rank = _RANK.get(finding.rule)
         if rank is None:
             return None
         for incident in self._incidents:
             alert = incident.alert
-            if alert.state != "open" or alert.rule == finding.rule or alert.rule not in _RANK:
+            if alert.state != "open" or alert.rule not in _RANK:
+                continue
+            if alert.severity == Severity.INFO < finding.severity:  # what does no harm causes none
                 continue
             # A bad value travels from a gradient into the weights and on into the loss: whichever was bad first is the cause.
             poisoned = alert.rule in _POISON and finding.rule in _POISON
             if poisoned and alert.step <= finding.step:
                 return incident
-            if _RANK[alert.rule] < rank and alert.step <= finding.step and overlap(alert.layers, finding.layers):
+            if alert.rule == finding.rule:
+                continue
+            if _RANK[alert.rule] < rank and alert.step <= finding.step and _touches(alert, finding, history):
+                return incident
+            dies_of_it = alert.rule in _STARVED and finding.rule in _BLOCKS and alert.step < finding.step
+            if dies_of_it and starts_before(history.meta, alert.parameters, finding.layers):
                 return incident
         return None
 
@@ -195,7 +206,7 @@ class Incidents:
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in _POISON
             and bool(other.alert.layers) == bool(cause.layers)
-            and overlap(cause.layers, other.alert.layers)
+            and _touches(cause, other.alert, history)
         ]
         if not taken:
             self._incidents.append(incident)
@@ -218,7 +229,11 @@ class Incidents:
         rises = finding.severity > alert.severity
         changes: dict[str, Any] = {"count": count, "last_step": last, "severity": max(alert.severity, finding.severity)}
         # Once a bad value is in the weights it is everywhere: where it was first is what there is to say.
-        if finding.rule not in _POISON:
+        if finding.rule in _POISON:
+            if rises:  # what was none of the training's business has become it
+                changes |= {"step": finding.step, "message": finding.message, "evidence": finding.evidence}
+                changes |= {"parameters": finding.parameters, "layers": finding.layers}
+        else:
             changes |= {"step": min(alert.step, finding.step), "message": finding.message, "evidence": finding.evidence}
             if finding.parameters != alert.parameters or finding.layers != alert.layers:
                 changes |= self._union(alert, finding, history)
@@ -244,6 +259,14 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
+
+
+def _touches(cause: Alert, consequence: Alert | Finding, history: History) -> bool:
+    """Whether they speak of the same place, or the one of what starves the other's."""
+    if overlap(cause.layers, consequence.layers):
+        return True
+    starved = cause.rule in _BLOCKS and consequence.rule in _STARVED
+    return starved and lies_before(history.meta, consequence.parameters, cause.layers)
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
 from gradwatch.diagnose.rules.exploding import exploding_gradient
+from gradwatch.diagnose.rules.forward import non_finite_activation, non_finite_input
 from gradwatch.diagnose.rules.loop import gradients_not_zeroed, missing_gradient, never_stepped, not_in_optimizer
 from gradwatch.diagnose.rules.non_finite import non_finite_gradient, non_finite_loss, non_finite_weight
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, name_of, persistence_of, persistent
@@ -13,6 +15,7 @@ from gradwatch.diagnose.rules.vanishing import vanishing_gradient
 __all__ = [
     "PERSISTENCE",
     "Rule",
+    "dead_units",
     "default_rules",
     "exploding_gradient",
     "gradient_spike",
@@ -21,12 +24,15 @@ __all__ = [
     "missing_gradient",
     "name_of",
     "never_stepped",
+    "non_finite_activation",
     "non_finite_gradient",
+    "non_finite_input",
     "non_finite_loss",
     "non_finite_weight",
     "not_in_optimizer",
     "persistence_of",
     "persistent",
+    "saturated_activation",
     "vanishing_gradient",
 ]
 
@@ -34,7 +40,9 @@ __all__ = [
 def default_rules() -> tuple[Rule, ...]:
     """The rules of a watch that is not told otherwise."""
     return (
+        non_finite_input,
         non_finite_weight,
+        non_finite_activation,
         non_finite_loss,
         non_finite_gradient,
         gradients_not_zeroed,
@@ -42,6 +50,8 @@ def default_rules() -> tuple[Rule, ...]:
         missing_gradient,
         not_in_optimizer,
         loss_scale_collapse,
+        dead_units,
+        saturated_activation,
         exploding_gradient,
         vanishing_gradient,
         gradient_spike,

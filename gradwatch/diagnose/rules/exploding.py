@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.arrays import median, median_of_rows, members
+from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.deltas import Deltas, Modules, deltas_of
 from gradwatch.diagnose.rules.layout import Layout, layout_of
@@ -248,7 +249,9 @@ def _told(history: History, deltas: Deltas, growth: _Growth) -> Finding:
     sick = sick[np.argsort(-level[sick], kind="stable")]
     top = float(level[sick[0]])
     ratio = 10.0 ** (top - reference)
-    after = history.meta.parameters[m.columns[m.start[cut + int(level[cut:].argmax())]]].layer or "(model)"
+    ends = m.columns[m.start[[sick[0], cut + int(level[cut:].argmax())]]]
+    after = history.meta.parameters[ends[1]].layer or "(model)"
+    lower, upper = history.meta.layer_index[ends].tolist()
     steps = level[:-1] - level[1:]
     strong = deltas.gain[deltas.gain >= GAIN]
     return Finding(
@@ -265,7 +268,8 @@ def _told(history: History, deltas: Deltas, growth: _Growth) -> Finding:
             "gain": float(np.median(strong)) if strong.size else 1.0,
             "explained": float(growth.explained),
             "sharpest_rise": 10.0 ** float(steps[:cut].max()),
-        },
+        }
+        | gains_between(history, lower, upper, top - reference),
     )
 
 

@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.lists import Lists, lists_of
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.rule import patient, persistent
@@ -115,7 +116,8 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
 
     The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
-    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was. A parameter whose module (or
+    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was. Whether the modules were called
+    at all is told: it separates what forgets them from what detaches their output. A parameter whose module (or
     the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are
     ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
     """
@@ -136,13 +138,18 @@ def missing_gradient(history: History) -> Iterator[Finding]:
             missed = int(b.missed[mask].min())
             step = int(b.last_reached[mask].min()) + 1
             ever = "at all" if step == 0 else "any more"
+            count = int(mask.sum())
+            uncalled, called = _called(history, mask)
+            modules = "module is" if count == 1 else "modules are"
+            why = f": the {modules} {'never' if step == 0 else 'no longer'} called" if uncalled == count else ""
+            why = f", though the {modules} called" if called == count else why
             yield Finding(
                 "missing_gradient",
                 severity,
                 step,
                 parameters=named(meta, np.flatnonzero(mask)),
-                message=f"no gradient {ever} in {missed} steps for {_count(int(mask.sum()), 'parameter')}",
-                evidence={"missed_steps": missed, "parameters": int(mask.sum())},
+                message=f"no gradient {ever} in {missed} steps for {_count(count, 'parameter')}{why}",
+                evidence={"missed_steps": missed, "parameters": count, "uncalled": uncalled, "called": called},
             )
 
 
@@ -218,11 +225,29 @@ def _idle_modules(meta: Meta, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _uncalled(history: History, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`[P]`: of some parameters, that their module is known not to have been called for long."""
-    uncalled = mask & (history.meta.layer_index >= 0)
-    if uncalled.any():
-        calls = history.recent("calls", MISSED_UNCALLED).take(history.meta.layer_index[uncalled], axis=1)
-        uncalled[uncalled] = np.fmax.reduce(calls, axis=0, initial=-1.0) == 0.0
+    uncalled: NDArray[np.bool_] = _calls(history, mask) == 0.0
     return uncalled
+
+
+def _called(history: History, mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """Of some parameters, how many belong to modules known not to have been called for long, and how many to modules that were."""
+    calls = _calls(history, mask)
+    return int((calls == 0.0).sum()), int((calls > 0.0).sum())
+
+
+def _calls(history: History, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """`[P]`: of some parameters, the most calls of their module in one of the last records; NaN where not known, and elsewhere.
+
+    Attention uses the weights of its output projection without calling that: there the module around it counts.
+    """
+    meta = history.meta
+    most = np.full(len(mask), np.nan)
+    columns = np.flatnonzero(mask & (meta.layer_index >= 0))
+    if columns.size:
+        caller = execution_of(meta).caller[meta.layer_index[columns]]
+        calls = np.fmax.reduce(history.recent("calls", MISSED_UNCALLED), axis=0)
+        most[columns] = calls[caller]
+    return most
 
 
 def _experts(history: History, lists: Lists) -> NDArray[np.bool_]:

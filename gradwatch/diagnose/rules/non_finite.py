@@ -1,4 +1,4 @@
-"""NaN and Inf, under their true names: in a weight, in the loss, in a gradient."""
+"""NaN and Inf, under their true names: in a weight, in the loss, in a gradient. What goes bad on the way forward: `forward.py`."""
 
 from __future__ import annotations
 

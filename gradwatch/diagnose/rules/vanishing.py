@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.arrays import DECADE, median, members
+from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
@@ -257,6 +258,8 @@ def _by_depth(history: History, window: Window, falls: list[_Fall]) -> Finding:
     nodes = float(layout.distance[worst.last] - layout.distance[above])
     layers = int(members(layout.layer[places[layout.matrix[places]]], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
+    ends = meta.layer_index[[layout.columns[lowest], layout.columns[worst.reference]]]
+    fall = float(level[lowest] - level[worst.reference])
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
@@ -273,7 +276,8 @@ def _by_depth(history: History, window: Window, falls: list[_Fall]) -> Finding:
             "share_of_drop": worst.drop / worst.decades,
             "gain_there": float(gain) if np.isfinite(gain) else 1.0,
             "nodes": nodes if np.isfinite(nodes) else 0.0,
-        },
+        }
+        | gains_between(history, int(ends[0]), int(ends[1]), fall),
     )
 
 

@@ -1,0 +1,364 @@
+"""Activations that pass next to nothing: units that never fire, and outputs that lie where their activation is flat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW
+from gradwatch.diagnose.execution import Execution, execution_of
+from gradwatch.diagnose.rules.loss import Progress, progress
+from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
+from gradwatch.facts import Meta
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+DEAD = 0.95
+"""Share of dead units from which it is a fault. Healthy networks (MLPs of 4 to 512 units, CNNs; SGD and Adam from 1e-3 to 0.1) reach
+0.61; one that Adam trains at 0.1, with a loss of 0.65 where 0.01 gives 0.1, reaches 0.89 (measured). Planted faults have 1.0."""
+
+FLAT_TOO = 0.9
+"""Share of the output that lies in the flat part of a layer whose units are dead. A smooth rectifier (GELU) whose inputs are tiny is
+silent and steep: then it is nearly 0."""
+
+SILENT = 0.999
+"""Share of a rectifier's output in its flat part from which the whole layer is dead, look after look: the sample has up to 1,024
+elements. Healthy layers keep to 0.97 over eight looks; that of the network that Adam trains at 0.1 to 0.989 (measured)."""
+
+LASTING = 8
+"""Looks in a row that must show it, up to the last one; where one update in ten is looked at, three."""
+
+APART = 20
+"""Updates that three looks have to span at least, to be as good as `LASTING` of them."""
+
+BACK = 96
+"""Records to look for the beginning in: more than the dense ones at the start, or after a suspicion."""
+
+FROM_START = 0.75
+"""Share of a two-sided activation's output in its flat parts, at the first look and ever since, from which it began saturated. With
+PyTorch's default weights, He's and Xavier's healthy networks begin below 0.1, inputs of a standard deviation of 5 give 0.49, a gain of
+5 gives 0.57; weights a hundred times too large 0.79 (a pooler of BERT) to 0.98 (measured)."""
+
+JUMP = 0.5
+"""Rise of that share within `AT_ONCE` records, to `FROM_START` or more, that no training makes once its first `WINDOW` records are
+over; within them Adam at 0.1 makes 0.84 (measured)."""
+
+AT_ONCE = 3
+
+STUCK = 0.95
+"""Share from which it explains why the loss does not improve, however it came to be. Where the loss has improved Adam at 0.1 holds
+tanh layers at 0.97 in health; where it has hardly, tanh layers with targets out of their reach lie at 0.88 (measured)."""
+
+TOTAL, NOTHING = 0.995, 0.01
+"""Share and gain with which an activation passes nothing at all, whatever the loss does: whoever learns then lies behind it."""
+
+PASSES = 1 / 3
+"""Part of its steepest slope that an activation typically passes on, below which little gets through. With weights a hundred times too
+large tanh has 0.07 to 0.18, sigmoid 0.1 to 0.19; healthy hidden activations 0.5 and more at the start (measured)."""
+
+UNSEEN = 0.85
+"""In place of `FROM_START` for a function, whose own gain is not measured: 0.88 (sigmoid) and 0.93 (tanh) with such weights."""
+
+BYPASS = 10.0
+"""Times the gain of its weights that the input of the layer before a gate gets back, from which most of it comes by another way: a gate
+of a highway that begins closed has 100 and more, a layer in a chain 1 (measured)."""
+
+STEEPEST: Mapping[str, float] = MappingProxyType(
+    {"Tanh": 1.0, "Softsign": 1.0, "Hardtanh": 1.0, "Sigmoid": 0.25, "Hardsigmoid": 1 / 6}
+)
+"""Activations that are flat at both ends, by their class in torch, and their steepest slope."""
+
+_GATES = frozenset({"Sigmoid", "Hardsigmoid"})
+_SHRINKS = frozenset({"Hardshrink", "Softshrink", "Tanhshrink"})  # flat around 0, where a small signal is in health
+_RECTIFIERS = frozenset({"ReLU", "ReLU6", "GELU", "SiLU", "Mish", "Hardswish", "ELU", "SELU", "CELU", "Softplus", "Threshold"})
+
+
+@patient
+@persistent(WINDOW)
+def dead_units(history: History) -> Iterator[Finding]:
+    """Nearly all units of an activation have fired for no input over a window of looks, or all are silent in look after look.
+
+    A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
+    least `DEAD` and `FLAT_TOO` of its output is flat; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
+    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first.
+
+    Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
+    """
+    if history.recorded < WINDOW:
+        return
+    flat = history.recent("saturated_fraction", 1)[0]
+    # Comparisons with what was not observed are False.
+    if not (flat >= FLAT_TOO).any():
+        return
+    dead = history.recent("dead_fraction", 1)[0]
+    silent = (flat >= SILENT) & (_kinds(history.meta).rectifier | (dead == dead))
+    sick = (dead >= DEAD) & (flat >= FLAT_TOO)
+    if not (sick.any() or silent.any()):
+        return
+    looks = _Looks.of(history, np.flatnonzero(sick | silent))
+    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts).sorted(execution_of(history.meta))
+    if not looks.layers.size:
+        return
+    layers = looks.layers
+    share = np.where(silent[layers], 1.0, dead[layers])
+    yield Finding(
+        "dead_units",
+        Severity.WARNING,
+        looks.run(np.where(sick[layers], FLAT_TOO, SILENT)).since(looks),
+        layers=tuple(history.layers[i] for i in layers),
+        message=f"{float(share.min()):.0%} of the units of {_called(history, layers)} fire for no input",
+        evidence={"dead_fraction": float(share.min()), "saturated_fraction": float(flat[layers].min()), "layers": len(layers)},
+    )
+
+
+@patient
+@persistent(WINDOW)
+def saturated_activation(history: History) -> Iterator[Finding]:
+    """Nearly all outputs of a hidden two-sided activation lie in its flat parts, and little gradient passes, for `LASTING` looks.
+
+    With `s` the `saturated_fraction` and `p` the `gain` over the activation's steepest slope: `s >= FROM_START` at the first look
+    and ever since, or since a `JUMP`, and `p <= PASSES`; or `s >= STUCK`, `p <= PASSES` and a loss that does not improve; or
+    `s >= TOTAL` and `p <= NOTHING`. Names the activation, or the module that a function follows, the first to run first.
+
+    Ignored: rectifiers and softmaxes; the last activation of an optimizer's parameters, which may be an output meant to be 0 or 1;
+    sigmoids beside another way for the gradient (`BYPASS`: gates, which are meant to be 0 or 1), and a jump of theirs; functions of
+    which it is not known what they are; everything while the loss is low (below 1/20 of its first values).
+    """
+    if history.recorded < WINDOW:
+        return
+    flat = history.recent("saturated_fraction", 1)[0]
+    some = flat >= FROM_START
+    if not some.any():
+        return
+    some &= _kinds(history.meta).two_sided
+    if not some.any():
+        return
+    rectifies = history.recent("dead_fraction", 1)[0] >= 0
+    looks = _Looks.of(history, np.flatnonzero(some & ~rectifies))
+    looks = looks.pick(looks.run(FROM_START).lasts)
+    if not looks.layers.size:
+        return
+    state = progress(history)
+    if state is Progress.LOW:
+        return
+    looks = looks.pick(_passes_little(history, looks, looks.run(FROM_START), state is Progress.STUCK))
+    if not looks.layers.size:
+        return
+    feeders = _Feeders(history)
+    looks = looks.pick(np.array([feeders.is_hidden(int(i)) and not feeders.is_gate(int(i)) for i in looks.layers], bool))
+    looks = looks.sorted(execution_of(history.meta))
+    if not looks.layers.size:
+        return
+    share, gain = float(looks.usual(looks.share)[0]), float(looks.usual(looks.gain)[0])
+    function = history.meta.layers[looks.layers[0]].activation is None
+    yield Finding(
+        "saturated_activation",
+        Severity.WARNING,
+        looks.run(FROM_START).since(looks),
+        layers=tuple(history.layers[i] for i in looks.layers),
+        message=f"{share:.0%} of the outputs of {_called(history, looks.layers)} lie where it is flat"
+        + ("" if function else f", and {gain:.2g} of the gradient passes"),
+        evidence={
+            "saturated_fraction": share,
+            "gain": np.nan if function else gain,
+            "layers": len(looks.layers),
+            "input_std": _input_std(history),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What the activations are, `[L]` each, as far as the facts tell: the module's own, or that of the function that follows it."""
+
+    rectifier: NDArray[np.bool_]
+    two_sided: NDArray[np.bool_]
+
+
+def _kinds(meta: Meta) -> _Kinds:
+    kept = meta.derived.get(_Kinds)
+    if kept is None:
+        flat = [fact.flat or _flat_of(fact.activation) for fact in meta.layers]
+        kept = _Kinds(
+            np.array(
+                [kind == "one-sided" and fact.type not in _SHRINKS for kind, fact in zip(flat, meta.layers, strict=True)], bool
+            ),
+            np.array([kind == "two-sided" for kind in flat], bool),
+        )
+        meta.derived[_Kinds] = kept
+    kinds: _Kinds = kept
+    return kinds
+
+
+def _flat_of(activation: str | None) -> str:
+    return "one-sided" if activation in _RECTIFIERS else "two-sided" if activation in STEEPEST else ""
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """The last T looks at some layers, C of them, all of which the last record observed.
+
+    Attributes:
+        layers: `[C]`, columns.
+        steps: `[T]`, numbers of the records, oldest first.
+        share, gain: `[T, C]`, `saturated_fraction` and `gain`; NaN where not observed.
+        first: `[C]`, the first share of all.
+    """
+
+    layers: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    share: NDArray[np.float32]
+    gain: NDArray[np.float32]
+    first: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, history: History, layers: NDArray[np.int64]) -> _Looks:
+        # In columns that thousands of layers have, there is no need to look back further than the verdict asks for.
+        back = max(looked_back(len(layers)), BACK if len(layers) < 100 else 0)
+        share = history.recent("saturated_fraction", back)[:, layers]
+        looked = np.isfinite(share).any(axis=1)
+        gain = history.recent("gain", back)[looked][:, layers]
+        return cls(layers, history.steps[-len(share) :][looked], share[looked], gain, history.baselines.first_flat[layers])
+
+    def pick(self, keep: NDArray[np.bool_]) -> _Looks:
+        """Some of the layers."""
+        return _Looks(self.layers[keep], self.steps, self.share[:, keep], self.gain[:, keep], self.first[keep])
+
+    def sorted(self, execution: Execution) -> _Looks:
+        """Those that run first first."""
+        order = np.argsort(execution.rank[self.layers], kind="stable")
+        return _Looks(self.layers[order], self.steps, self.share[:, order], self.gain[:, order], self.first[order])
+
+    def run(self, least: NDArray[np.float64] | float) -> _Run:
+        """The looks up to the last in which the share has been so large without a break."""
+        seen = np.isfinite(self.share)
+        rows = np.arange(len(self.steps))[:, None]
+        well = np.where(seen & (self.share < least), rows, -1).max(axis=0)
+        inside = seen & (rows > well)
+        start = inside.argmax(axis=0)
+        count = inside.sum(axis=0)
+        span = np.where(count > 0, self.steps[-1] - self.steps[start], -1)
+        whole = (count == seen.sum(axis=0)) & (self.first >= least)
+        return _Run(start, (count >= LASTING) | ((count >= 3) & (span >= APART)), whole)
+
+    def usual(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """`[C]`: median of the last `LASTING` looks; NaN where none observed it."""
+        last = values[-LASTING:].astype(np.float64)
+        usual = np.full(len(self.layers), np.nan)
+        some = np.isfinite(last).any(axis=0)
+        usual[some] = np.nanmedian(last[:, some], axis=0)
+        return usual
+
+    def jumped(self, run: _Run) -> NDArray[np.bool_]:
+        """`[C]`: it came to be so large at once, after the first records."""
+        jumped = np.zeros(len(self.layers), bool)
+        for i in np.flatnonzero(~run.whole & (run.start > 0)):
+            before = np.flatnonzero(np.isfinite(self.share[: run.start[i], i]))[-2:]
+            if before.size and self.steps[before[-1]] >= WINDOW:
+                rise = float(self.share[run.start[i], i] - self.share[before[0], i])
+                jumped[i] = rise >= JUMP and int(self.steps[run.start[i]] - self.steps[before[0]]) <= AT_ONCE
+        return jumped
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Looks in a row, up to the last, of C layers: `[C]` each.
+
+    Attributes:
+        start: the first of them.
+        lasts: they are enough.
+        whole: no look went before.
+    """
+
+    start: NDArray[np.int64]
+    lasts: NDArray[np.bool_]
+    whole: NDArray[np.bool_]
+
+    def since(self, looks: _Looks) -> int:
+        """The step at which the first of them began; 0 for one that was there at the first look."""
+        return 0 if bool(self.whole.any()) else int(looks.steps[self.start].min())
+
+
+def _passes_little(history: History, looks: _Looks, run: _Run, stuck: bool) -> NDArray[np.bool_]:
+    """`[C]`: of layers whose share has long been `FROM_START`, whether that is a fault."""
+    names = [history.meta.layers[i].activation for i in looks.layers]
+    # What a function passes is not in the gain of the module that it follows.
+    function = np.array([name is None for name in names], bool)
+    gate = function | np.array([name in _GATES for name in names], bool)
+    passed = looks.usual(looks.gain) / np.array([STEEPEST.get(name or "", 1.0) for name in names])
+    share = looks.usual(looks.share)
+    little = np.where(function, share >= UNSEEN, passed <= PASSES)
+    held = stuck & looks.run(STUCK).lasts
+    lone = ((share >= TOTAL) & (passed <= NOTHING)) | looks.jumped(run)
+    sick: NDArray[np.bool_] = little & (run.whole | held | (lone & ~gate))
+    return sick
+
+
+class _Feeders:
+    """The modules with trainable parameters before activations, and what lies behind them."""
+
+    def __init__(self, history: History) -> None:
+        meta = history.meta
+        self._history, self._facts = history, meta.layers
+        self._rank = execution_of(meta).rank
+        ordered = [i for i, fact in enumerate(meta.layers) if fact.order is not None]
+        self._ordered = np.array(sorted(ordered, key=lambda i: self._rank[i]), np.int64)
+        self._delta, self._gain = history.recent("delta_norm", 1)[0], history.recent("gain", 1)[0]
+        self._owners: dict[int, set[str | None]] = {}
+        self._last: dict[str | None, int] = {}
+        self._scale: dict[int, float] = {}
+        for i, fact in enumerate(meta.parameters):
+            layer = int(meta.layer_index[i])
+            if layer < 0 or not fact.trainable:
+                continue
+            self._owners.setdefault(layer, set()).add(fact.owner)
+            self._last[fact.owner] = max(self._last.get(fact.owner, -1), int(self._rank[layer]))
+            if len(fact.shape) >= 2:
+                scale = float(history.baselines.weight_norm[i]) / max(1, fact.shape[0]) ** 0.5
+                self._scale[layer] = max(self._scale.get(layer, 0.0), scale)
+
+    def of(self, layer: int) -> int:
+        """The module whose output the activation takes; -1 where there is none."""
+        if self._facts[layer].order is not None or not self._ordered.size:
+            return layer if self._ordered.size else -1
+        # The gradient below an activation is that above the module before it, to the last bit.
+        below = float(self._delta[layer]) * float(self._gain[layer])
+        same = self._ordered[np.abs(self._delta[self._ordered] - below) <= 1e-4 * below] if below > 0 else self._ordered[:0]
+        if len(same) == 1:
+            return int(same[0])
+        before = int(np.searchsorted(self._rank[self._ordered], self._rank[layer]))
+        return int(self._ordered[before - 1]) if before else -1
+
+    def is_hidden(self, layer: int) -> bool:
+        """Parameters of the same optimizer are used behind it: what ends a generator is an output, though a critic follows."""
+        feeder = self.of(layer)
+        last = max((self._last[owner] for owner in self._owners.get(feeder, ())), default=-1)
+        return feeder < 0 or last > int(self._rank[feeder])
+
+    def is_gate(self, layer: int) -> bool:
+        """A sigmoid, or what may be one, before which the gradient has another way."""
+        name = self._facts[layer].activation
+        if name is not None and name not in _GATES:
+            return False
+        feeder = self.of(layer)
+        if feeder < 0 or feeder not in self._scale:
+            return True
+        gain = float(self._gain[feeder])
+        if np.isnan(gain):  # it reads the data
+            return sum(fact.role == "input" for fact in self._facts) > 1
+        return not gain <= BYPASS * self._scale[feeder]
+
+
+def _input_std(history: History) -> float:
+    std = history.recent("input_std", LASTING)
+    return float(np.nanmedian(std)) if np.isfinite(std).any() else float("nan")
+
+
+def _called(history: History, layers: NDArray[np.int64]) -> str:
+    """The first by name, the others by number."""
+    first = history.layers[layers[0]] or "(model)"
+    return first if len(layers) == 1 else f"{first} and {len(layers) - 1} more"
