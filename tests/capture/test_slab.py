@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from gradwatch import GradWatch, Sampling
 from gradwatch.capture import parameters
 from gradwatch.capture.slab import GRADIENTS, LOSS, SCALARS, Slab
+from gradwatch.records import STATISTICS
 from tests.loops import (
     test_accumulation,
     test_by_hand,
@@ -95,3 +98,24 @@ def test_a_model_on_a_gpu_gives_the_numbers_of_one_on_the_cpu() -> None:
 def test_the_loops_still_have_these_signatures() -> None:
     """They are called by position above."""
     assert list(inspect.signature(test_by_hand.test_weights_moved_by_hand).parameters) == ["update", "fault"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_statistics_of_layers_are_the_same_over_the_copy(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    histories = []
+    for host in ("cpu", "nowhere"):
+        monkeypatch.setattr(parameters, "HOST", host)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 64), nn.Tanh(), nn.ReLU(), nn.Linear(64, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with GradWatch(model, console=False, sampling=Sampling(dense=12, every=5)) as watch:
+            for _ in range(25):
+                optimizer.zero_grad()
+                for _ in range(micro_batches):
+                    model(torch.randn(32, 16)).square().mean().backward()
+                optimizer.step()
+        histories.append(watch.history)
+    for name, statistic in STATISTICS.items():
+        if statistic.axis == "layer" or name.startswith("input_"):
+            np.testing.assert_array_equal(histories[0].stat(name), histories[1].stat(name), err_msg=name)
+    assert np.isfinite(histories[1].stat("gain")).sum() == 5 * 14
