@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from gradwatch.capture import saturation
 from gradwatch.capture.modules import Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
-from gradwatch.capture.samples import WHOLE, Samples
+from gradwatch.capture.samples import WHOLE
 
 DEAD_FROM, DEAD_WINDOW = 10, 32
 """A unit is dead that fired in none of the last 32 looks, or since the first where there were fewer, at least 10: 10 are what the
@@ -36,38 +35,51 @@ PER_LAYER = (
 PER_INPUT = ("input_mean", "input_std", "input_nonfinite")
 
 
-@dataclass(slots=True)
-class _Moments:
-    """Of N rows, each over its own elements: `[N]` each."""
+_TINY = 1e-25
+"""A sum of squares below this may have lost some to underflow: those of float32 numbers below 1e-19 are 0."""
 
-    count: NDArray[np.float64]
-    sum: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    largest: NDArray[np.float64]
-    nonfinite: NDArray[np.float64]
+_AT_ONCE = 256
+"""Rows that are worked on at a time: 1 MB, which stays in the second-level cache."""
 
 
-def _moments(rows: Sequence[Row]) -> _Moments:
-    size = len(rows)
-    result = _Moments(*(np.zeros(size) for _ in range(5)))
-    groups: dict[int, tuple[Samples, list[int]]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(id(row.samples), (row.samples, []))[1].append(i)
-    for samples, at in groups.values():
-        values, whole = samples.values(np.array([rows[i].number for i in at], np.int64))
-        count = np.array([rows[i].elements for i in at], np.int64)
-        inside = np.arange(WHOLE) < count[:, None]
-        values = np.where(inside, values, np.float32(0.0))
-        result.count[at] = count
-        wide = values.astype(np.float64)
-        result.sum[at] = wide.sum(axis=1)
-        result.squares[at] = np.einsum("ij,ij->i", wide, wide)
-        result.largest[at] = np.abs(values).max(axis=1, initial=0.0)
-        bad = (~np.isfinite(values)).sum(axis=1)
+class _Table:
+    """All rows of a record, read once.
+
+    Attributes:
+        values: float32 `[N, 1024]`, 0 beyond the elements of a row.
+        count: `[N]`, elements.
+        numel: `[N]`, elements of the tensor that was sampled.
+        squares, largest, nonfinite: `[N]`, of a row's elements; `nonfinite` is 1 at least where the whole tensor is not finite.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        size = len(rows)
+        owners, numbers, elements, numel = zip(*rows, strict=True)
+        self.count = np.array(elements, np.int64)
+        self.numel = np.array(numel, np.float64)
+        number = np.array(numbers, np.int64)
+        if owners.count(owners[0]) == size:
+            self.values, whole = owners[0].values(number)
+        else:
+            self.values, whole = np.zeros((size, WHOLE), np.float32), np.ones(size, bool)
+            for samples in dict.fromkeys(owners):
+                at = np.array([i for i, owner in enumerate(owners) if owner is samples], np.int64)
+                self.values[at], whole[at] = samples.values(number[at])
+        short = np.flatnonzero(self.count < WHOLE)
+        if short.size:
+            self.values[short] = np.where(np.arange(WHOLE) < self.count[short, None], self.values[short], np.float32(0.0))
+        self.squares, self.largest, self.nonfinite = (np.zeros(size) for _ in range(3))
+        for start in range(0, size, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            values = self.values[part]
+            self.squares[part] = np.matmul(values[:, None, :], values[:, :, None]).reshape(-1)
+            self.largest[part] = np.maximum(values.max(axis=1), -values.min(axis=1))
+        # Where float32 has lost squares to overflow or underflow they are summed again; NaN and Inf stay.
+        for i in np.flatnonzero(~np.isfinite(self.squares) | ((self.squares < _TINY) & (self.largest > 0))):
+            self.squares[i] = np.square(self.values[i], dtype=np.float64).sum()
+            self.nonfinite[i] = np.count_nonzero(~np.isfinite(self.values[i]))
         # One that lies between the chunks shows in the sum of the whole.
-        beyond = np.array([rows[i].numel > rows[i].elements for i in at]) & ~whole & (bad == 0)
-        result.nonfinite[at] = bad + beyond
-    return result
+        self.nonfinite += (self.numel > self.count) & ~whole & (self.nonfinite == 0)
 
 
 def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -> dict[str, NDArray[np.float64] | float]:
@@ -82,34 +94,27 @@ def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -
     Returns:
         By name: float64 `[L]`, NaN where nothing was observed, or a scalar for the inputs.
     """
-    parts, inputs = taken.parts, taken.inputs
+    parts = taken.parts
     found: dict[str, NDArray[np.float64] | float] = {name: np.full(layers, np.nan) for name in PER_LAYER}
     count = np.full(layers, np.nan)
     count[list(taken.calls)] = list(taken.calls.values())
     found["calls"] = count
-    if parts:
-        column = np.array([part.column for part in parts], np.int64)
-        out = _moments([part.out for part in parts])
-        seen = np.bincount(column, minlength=layers) > 0
-        elements = np.bincount(column, out.count, layers)
-        with np.errstate(all="ignore"):
-            found["activation_rms"] = _where(seen, np.sqrt(np.bincount(column, out.squares, layers) / elements))
-            largest = np.zeros(layers)
-            np.maximum.at(largest, column, out.largest)
-            found["activation_absmax"] = _where(seen, largest)
-            found["activation_nonfinite"] = _where(seen, np.bincount(column, out.nonfinite, layers))
-            _take_deltas(found, parts, column, layers, scale)
-        _take_activations(found, parts, layers)
-    _take_compiled(found, taken.compiled)
-    _take_units(found, parts, {cell.column: cell for cell in cells})
-    if inputs:
-        given = _moments(inputs)
-        n, total = given.count.sum(), given.sum.sum()
-        with np.errstate(all="ignore"):
-            found["input_mean"] = float(total / n)
-            found["input_std"] = float(np.sqrt(max(0.0, given.squares.sum() / n - (total / n) ** 2)))
-        found["input_nonfinite"] = float(given.nonfinite.sum())
+    with np.errstate(all="ignore"):
+        if parts or taken.inputs:
+            rows = {id(row): row for part in parts for row in (part.out, *part.rows())}
+            rows |= {id(row): row for row in taken.inputs}
+            table, place = _Table(list(rows.values())), {key: i for i, key in enumerate(rows)}
+            column = np.array([part.column for part in parts], np.int64)
+            _take_outputs(found, table, column, [place[id(part.out)] for part in parts], layers)
+            _take_deltas(found, table, place, parts, column, layers, scale)
+            _take_activations(found, table, place, parts, layers)
+            _take_units(found, table, place, parts, {cell.column: cell for cell in cells})
+            _take_inputs(found, table, [place[id(row)] for row in taken.inputs])
+        _take_compiled(found, taken.compiled)
     return found
+
+
+_Found = dict[str, NDArray[np.float64] | float]
 
 
 def _where(seen: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.float64]:
@@ -117,65 +122,88 @@ def _where(seen: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.float64]
     return chosen
 
 
+def _take_outputs(found: _Found, table: _Table, column: NDArray[np.int64], at: list[int], layers: int) -> None:
+    seen = np.bincount(column, minlength=layers) > 0
+    found["activation_rms"] = _where(
+        seen, np.sqrt(np.bincount(column, table.squares[at], layers) / np.bincount(column, table.count[at], layers))
+    )
+    largest = np.zeros(layers)
+    np.maximum.at(largest, column, table.largest[at])
+    found["activation_absmax"] = _where(seen, largest)
+    found["activation_nonfinite"] = _where(seen, np.bincount(column, table.nonfinite[at], layers))
+
+
 def _take_deltas(
-    found: dict[str, NDArray[np.float64] | float], parts: Sequence[Part], column: NDArray[np.int64], layers: int, scale: float
+    found: _Found,
+    table: _Table,
+    place: Mapping[int, int],
+    parts: Sequence[Part],
+    column: NDArray[np.int64],
+    layers: int,
+    scale: float,
 ) -> None:
-    deltas = {id(delta): delta for part in parts for delta in (part.above, part.below) if delta is not None}
-    rows = [row for delta in deltas.values() for row in delta.rows]
-    of = np.repeat(np.arange(len(deltas)), [len(delta.rows) for delta in deltas.values()])
-    moments = _moments(rows)
-    whole = np.array([row.numel / row.elements for row in rows])
-    squares = np.bincount(of, moments.squares * whole, len(deltas))
-    nonfinite = np.bincount(of, moments.nonfinite, len(deltas))
-    passed = np.bincount(of, minlength=len(deltas)) > 0
-    place = {key: i for i, key in enumerate(deltas)}
-    above = np.array([-1 if part.above is None else place[id(part.above)] for part in parts], np.int64)
-    below = np.array([-1 if part.below is None else place[id(part.below)] for part in parts], np.int64)
-    known = (above >= 0) & passed[above] if len(deltas) else np.zeros(len(parts), bool)
+    deltas = {id(delta): delta for part in parts for delta in (part.above, part.below) if delta is not None and delta.rows}
+    if not deltas:
+        return
+    # A delta that belongs to another record's part is not among the rows.
+    of = [(i, place[id(row)]) for i, delta in enumerate(deltas.values()) for row in delta.rows if id(row) in place]
+    which, at = np.array(of, np.int64).reshape(-1, 2).T
+    squares = np.bincount(which, table.squares[at] * table.numel[at] / table.count[at], len(deltas))
+    nonfinite = np.bincount(which, table.nonfinite[at], len(deltas))
+    number = {key: i for i, key in enumerate(deltas)}
+    above = np.array([number.get(id(part.above), -1) for part in parts], np.int64)
+    below = np.array([number.get(id(part.below), -1) for part in parts], np.int64)
+    known = above >= 0
     seen = np.bincount(column[known], minlength=layers) > 0
-    total = np.bincount(column[known], squares[above[known]], layers)
-    found["delta_norm"] = _where(seen, np.sqrt(total) / scale)
+    found["delta_norm"] = _where(seen, np.sqrt(np.bincount(column[known], squares[above[known]], layers)) / scale)
     found["delta_nonfinite"] = _where(seen, np.bincount(column[known], nonfinite[above[known]], layers))
-    both = known & (below >= 0) & passed[below] if len(deltas) else known
-    seen = np.bincount(column[both], minlength=layers) > 0
+    both = known & (below >= 0)
     ratio = np.bincount(column[both], squares[below[both]], layers) / np.bincount(column[both], squares[above[both]], layers)
-    ratio = np.sqrt(ratio)
-    found["gain"] = _where(seen & np.isfinite(ratio), ratio)
+    found["gain"] = _where(np.isfinite(ratio), np.sqrt(ratio))
 
 
-def _values(row: Row) -> torch.Tensor:
-    values, _ = row.samples.values(np.array([row.number], np.int64))
-    return torch.from_numpy(values[0, : row.elements])
-
-
-def _take_activations(found: dict[str, NDArray[np.float64] | float], parts: Sequence[Part], layers: int) -> None:
+def _take_activations(found: _Found, table: _Table, place: Mapping[int, int], parts: Sequence[Part], layers: int) -> None:
     flat, count = np.zeros(layers), np.zeros(layers)
+    groups: dict[object, list[tuple[int, Activation]]] = {}
     for part in parts:
         for activation in part.activations:
-            share = _flat(activation)
-            if share is not None:
-                flat[part.column] += share[0]
-                count[part.column] += share[1]
-    with np.errstate(all="ignore"):
-        found["saturated_fraction"] = np.where(count > 0, flat / count, np.nan)
+            groups.setdefault(_alike(activation), []).append((part.column, activation))
+    for group in groups.values():
+        one = group[0][1]
+        if one.given is None and (one.out is None or saturation.needs_input(one.module)):
+            continue
+        at = [place[id(activation.out or activation.given)] for _, activation in group]
+        y = torch.from_numpy(table.values[at])
+        x = y if one.given is None else torch.from_numpy(table.values[[place[id(activation.given)] for _, activation in group]])
+        if one.out is None:
+            y = one.module(x)  # a function saved its input only
+        mask = saturation.flat(one.module, x.reshape(-1), y.reshape(-1))
+        if mask is None:
+            continue
+        inside = np.arange(WHOLE) < table.count[at][:, None]
+        column = np.array([column for column, _ in group], np.int64)
+        flat += np.bincount(column, (mask.numpy().reshape(len(at), WHOLE) & inside).sum(axis=1), layers)
+        count += np.bincount(column, table.count[at], layers)
+    found["saturated_fraction"] = _where(count > 0, flat / count)
 
 
-def _flat(activation: Activation) -> tuple[int, int] | None:
-    """How many elements of its sample lie where it is flat, and of how many."""
-    out = None if activation.out is None else _values(activation.out)
-    given = None if activation.given is None else _values(activation.given)
-    if given is None and (out is None or saturation.needs_input(activation.module)):
-        return None
-    if out is not None:
-        x, y = (out if given is None else given), out
-    else:
-        assert given is not None
-        x, y = given, activation.module(given)  # a function saved its input only
-    flat = saturation.flat(activation.module, x, y)
-    return None if flat is None else (int(np.count_nonzero(flat.numpy())), y.numel())
+def _alike(activation: Activation) -> object:
+    """The same for activations that may be worked out together."""
+    module = activation.module
+    kind = type(module)
+    same = kind.extra_repr(module) if kind.__module__.startswith("torch.nn.modules.") else id(module)
+    return kind, same, activation.given is None, activation.out is None
 
 
-def _take_compiled(found: dict[str, NDArray[np.float64] | float], compiled: Mapping[int, NDArray[np.float64]]) -> None:
+def _take_inputs(found: _Found, table: _Table, at: list[int]) -> None:
+    n, total = float(table.count[at].sum()), float(table.values[at].sum(dtype=np.float64))
+    if n:
+        found["input_mean"] = total / n
+        found["input_std"] = float(np.sqrt(max(0.0, float(table.squares[at].sum()) / n - (total / n) ** 2)))
+        found["input_nonfinite"] = float(table.nonfinite[at].sum())
+
+
+def _take_compiled(found: _Found, compiled: Mapping[int, NDArray[np.float64]]) -> None:
     """Add what compiled code wrote: a module runs in it or outside."""
     arrays = {name: values for name, values in found.items() if isinstance(values, np.ndarray)}
     for column, totals in compiled.items():
@@ -192,7 +220,7 @@ def _take_compiled(found: dict[str, NDArray[np.float64] | float], compiled: Mapp
                 arrays["saturated_fraction"][column] = flat / elements
 
 
-def _take_units(found: dict[str, NDArray[np.float64] | float], parts: Sequence[Part], cells: Mapping[int, Cell]) -> None:
+def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: Sequence[Part], cells: Mapping[int, Cell]) -> None:
     dead = found["dead_fraction"]
     assert isinstance(dead, np.ndarray)
     peaks: dict[int, NDArray[np.float32]] = {}
@@ -202,7 +230,8 @@ def _take_units(found: dict[str, NDArray[np.float64] | float], parts: Sequence[P
             threshold = saturation.fires(activation.module)
             if not activation.peaks or threshold is None:
                 continue
-            units = np.concatenate([_values(row).numpy() for row in activation.peaks])
+            at = [place[id(row)] for row in activation.peaks]
+            units = np.concatenate([table.values[i, : table.count[i]] for i in at])
             known = peaks.get(part.column)
             if known is None or len(known) != len(units):
                 peaks[part.column] = units

@@ -24,7 +24,7 @@ from gradwatch.capture import copying, private, saturation
 from gradwatch.capture.copying import Ours
 from gradwatch.capture.functional import find_functions
 from gradwatch.capture.parameters import as_real
-from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in, unit_peaks
+from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in, units_of
 from gradwatch.capture.samples import WHOLE, Samples
 from gradwatch.capture.traced import Traced, clear, read
 
@@ -330,20 +330,33 @@ class ModuleHooks:
 
     def _sample(self, tensor: Tensor) -> Row | None:
         """Copy the sample of a detached tensor into a row; None where it has none."""
-        if tensor.layout is not torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
+        numel = tensor.numel()
+        if numel == 0 or tensor.layout is not torch.strided or tensor.is_meta:
             return None
-        tensor = as_real(tensor)
-        samples = self._samples.get(tensor.device)
+        if tensor.is_complex():
+            tensor = as_real(tensor)
+            numel *= 2
+        samples = self._samples_of(tensor)
+        number, elements = samples.take(tensor)
+        return Row(samples, number, elements, numel)
+
+    def _samples_of(self, tensor: Tensor) -> Samples:
+        device = tensor.device
+        samples = self._samples.get(device)
         if samples is None:
-            samples = self._samples[tensor.device] = Samples(tensor.device)
-        return Row(samples, *samples.take(tensor), tensor.numel())
+            samples = self._samples[device] = Samples(device)
+        return samples
 
     def peaks(self, y: Tensor, axis: int, turn: int) -> list[Row]:
         """Rows with the largest magnitude of each unit of an activation's output."""
         if y.dim() < 2 or y.is_complex() or y.numel() == 0:
             return []
-        rows = [self._sample(chunk) for chunk in unit_peaks(y, axis, turn).split(WHOLE)]  # type: ignore[no-untyped-call]
-        return [row for row in rows if row is not None]
+        units = units_of(y, axis, turn)
+        samples = self._samples_of(y)
+        count = units.shape[1]
+        if count <= WHOLE:
+            return [Row(samples, *samples.peaks(units), count)]
+        return [Row(samples, *samples.peaks(units[:, i : i + WHOLE]), min(WHOLE, count - i)) for i in range(0, count, WHOLE)]
 
     # -- the update ----------------------------------------------------------------------------------------------------------------
 

@@ -177,8 +177,8 @@ def _collect(things: Iterable[Any], found: list[Tensor], scalars: list[Tensor], 
                 _collect(vars(thing).values(), found, scalars, depth - 1)
 
 
-def unit_peaks(y: Tensor, axis: int, turn: int) -> Tensor:
-    """`[U]`: the largest magnitude of each unit over a bounded part of the batch, another part at each turn.
+def units_of(y: Tensor, axis: int, turn: int) -> Tensor:
+    """`[N, U]`: what each unit put out for a bounded part of the batch, another part at each turn.
 
     Args:
         y: an activation's output, detached, real, of at least two dimensions.
@@ -187,10 +187,12 @@ def unit_peaks(y: Tensor, axis: int, turn: int) -> Tensor:
     """
     if axis == 1 and y.dim() > 2:
         y = _some(y, 0, 8, turn)[:, :MAX_UNITS]
-        y = _some(y.flatten(2), 2, 64, turn)
-        return y.abs().amax((0, 2))
-    y = y.reshape(-1, y.shape[-1])
-    return _some(y, 0, 32, turn)[:, :MAX_UNITS].abs().amax(0)
+        y = _some(y.flatten(2), 2, 64, turn).transpose(1, 2)
+        return y.reshape(-1, y.shape[2])
+    if y.dim() > 2:
+        y = y.reshape(-1, y.shape[-1])
+    y = _some(y, 0, 32, turn)
+    return y[:, :MAX_UNITS] if y.shape[1] > MAX_UNITS else y
 
 
 def _some(y: Tensor, dim: int, wanted: int, turn: int) -> Tensor:
