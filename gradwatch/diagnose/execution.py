@@ -22,6 +22,7 @@ class Execution:
         place: `[L]`, when it runs, in ranks of parameters; -1 before all of which an order is known.
         rank: `[L]`, the same as a number without ties: of two in one place the one registered first runs first.
         parent: `[L]`, the module that holds it; -1 for a root.
+        root: `[L]`, the watched model that it belongs to.
         inner: `[L]`, holds no other module.
         caller: `[L]`, the module whose calls are its: itself, but attention uses its output projection without calling it.
     """
@@ -29,6 +30,7 @@ class Execution:
     place: NDArray[np.float64]
     rank: NDArray[np.int64]
     parent: NDArray[np.int64]
+    root: NDArray[np.int64]
     inner: NDArray[np.bool_]
     caller: NDArray[np.int64]
 
@@ -112,4 +114,4 @@ def _order(meta: Meta) -> Execution:
     rank = np.empty(count, np.int64)
     rank[order] = np.arange(count)
     attention = np.append([fact.kind == "attention" for fact in meta.layers], False)
-    return Execution(place, rank, parent, inner, np.where(attention[parent], parent, np.arange(count)))
+    return Execution(place, rank, parent, root, inner, np.where(attention[parent], parent, np.arange(count)))

@@ -205,7 +205,36 @@ def test_a_module_that_is_known_never_to_be_called_is_told_at_update_30_or_at_th
     assert run.alarms() == []
     run.history.ended = True
     run.judge()
-    assert run.only("missing_gradient").layers == ("0",)
+    alert = run.only("missing_gradient")
+    assert alert.layers == ("0",)
+    assert alert.message.endswith("for 2 parameters: the modules are never called")
+    assert alert.cause == "Nothing in the forward pass calls their modules."
+
+
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [
+        pytest.param([1.0, 1.0, 1.0, 1.0], "though the modules are called", id="detached"),
+        pytest.param([0.0, 0.0, 1.0, 1.0], "for 2 parameters", id="parts called by hand, where no_grad hides them"),
+        pytest.param([np.nan, np.nan, np.nan, np.nan], "for 2 parameters", id="nothing is known"),
+    ],
+)
+def test_a_module_that_may_have_been_called_is_told_by_update_15(calls: list[float], told: str) -> None:
+    run = Run(chain(3))
+    norms, state = np.array([np.nan] * 2 + [1.0] * 4), np.array([8, 8, 9, 9, 9, 9], np.uint8)
+    run.records(15, norms, grad_state=state, calls=np.array(calls))
+    alert = run.only("missing_gradient")
+    assert alert.message.endswith(told)
+    assert "detached" in alert.cause
+
+
+def test_an_output_projection_that_attention_uses_without_calling_it_counts_as_called_with_it() -> None:
+    facts = (LayerFact(""), LayerFact("a", "MultiheadAttention", "attention", 0), LayerFact("a.out", "Linear", "linear", 1))
+    parameters = [ParameterFact(f"{layer}.w", layer, (8, 8), owner="SGD#0", order=i) for i, layer in enumerate(("a", "a.out"))]
+    run = Run(Meta((*parameters, ParameterFact("w", "", (8, 8), owner="SGD#0", order=2)), facts))
+    state = np.array([8, 8, 9], np.uint8)
+    run.records(15, np.array([np.nan, np.nan, 1.0]), grad_state=state, calls=np.array([1.0, 1.0, 0.0]))
+    assert run.only("missing_gradient").message.endswith("though the modules are called")
 
 
 # -- not_in_optimizer --------------------------------------------------------------------------------------------------------------

@@ -210,7 +210,12 @@ FAULTS: dict[str, Fault] = {
         plant=behind("backbone.layers.0.mixer", root_of_zero, since=12),
     ),
     "falcon_log_of_a_negative": Fault(
-        "falcon", "non_finite_loss", onset=12, within=LATER, plant=behind("transformer.h.0", log_of_a_negative, since=12)
+        "falcon",
+        "non_finite_activation",
+        ("transformer.h.0",),
+        onset=12,
+        within=LATER,
+        plant=behind("transformer.h.0", log_of_a_negative, since=12),
     ),
     "beit_weight_poisoned": Fault("beit", "non_finite_weight", ("beit.layers.0.mlp.fc1",), onset=12, within=LATER, before=poison),
     "canine_pooler_unused": Fault("canine", "missing_gradient", ("canine.pooler",)),
@@ -230,14 +235,10 @@ MISSED: dict[str, str] = {
 }
 """Faults that the rules do not name yet, or not in time, or with a wrong beginning."""
 
-NO_ACTIVATIONS_YET = {"opt_dead_units", "bert_saturated_pooler"}
-
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
     if name in MISSED:
         return [pytest.mark.xfail(reason=MISSED[name], raises=AssertionError, strict=True)]
-    if name in NO_ACTIVATIONS_YET:
-        return [pytest.mark.xfail(reason="needs statistics of activations", raises=AssertionError, strict=False)]
     return []
 
 

@@ -673,7 +673,7 @@ def _(seed: int) -> Setup:
     return fit(model, loss, torch.optim.Adam(model.parameters(), 1e-3), 25)
 
 
-@more("nan_input_batch", ("non_finite_loss", "non_finite_gradient"), (), onset=10)
+@more("nan_input_batch", ("non_finite_input",), ("",), onset=10)
 def _(seed: int) -> Setup:
     model, data, now = mlp(nn.ReLU, 2, 32), Blobs(seed), [0]
 

@@ -238,15 +238,16 @@ def _called(history: History, mask: NDArray[np.bool_]) -> tuple[int, int]:
 def _calls(history: History, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
     """`[P]`: of some parameters, the most calls of their module in one of the last records; NaN where not known, and elsewhere.
 
-    Attention uses the weights of its output projection without calling that: there the module around it counts.
+    Not called in a model that is not called as a whole says nothing: parts that somebody calls by hand under `no_grad` are not seen.
     """
     meta = history.meta
     most = np.full(len(mask), np.nan)
     columns = np.flatnonzero(mask & (meta.layer_index >= 0))
     if columns.size:
-        caller = execution_of(meta).caller[meta.layer_index[columns]]
+        execution, layer = execution_of(meta), meta.layer_index[columns]
         calls = np.fmax.reduce(history.recent("calls", MISSED_UNCALLED), axis=0)
-        most[columns] = calls[caller]
+        mine = calls[execution.caller[layer]]
+        most[columns] = np.where((mine > 0) | (calls[execution.root[layer]] > 0), mine, np.nan)
     return most
 
 
