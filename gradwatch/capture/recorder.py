@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -627,17 +627,16 @@ class Recorder:
         found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
         self.modules.release(taken)
         if taken.compiled and not self._unseen_told:
-            self._tell_unseen(draft, found["calls"])
+            self._tell_unseen(draft, taken.calls.keys(), found["calls"])
         return found
 
-    def _tell_unseen(self, draft: Draft, calls: Any) -> None:
+    def _tell_unseen(self, draft: Draft, hooked: Collection[int], calls: Any) -> None:
         """Modules whose parameters a backward reached though nobody saw them run: compiled before the hooks were there."""
         names = {self.table.layers[slot] for slot in np.flatnonzero(draft.state & np.uint8(GradState.REACHED))}
         # What attention and recurrent modules hold they use themselves, without calling it.
         whole = {name for name, module in self.table.modules.items() if kind_of(module) in ("attention", "recurrent")}
         columns = {name: column for column, name in enumerate(self.table.modules)}
         unseen = sorted(name for name in names if np.isnan(calls[columns[name]]) and name.rpartition(".")[0] not in whole)
-        hooked = {cell.column for cell in self.modules.cells}
         unseen = [name for name in unseen if columns[name] in hooked]
         if unseen:
             self._unseen_told = True
