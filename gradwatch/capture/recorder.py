@@ -136,9 +136,7 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
-        if self.modules.listening:
-            every = reached is self.gradients.everything
-            self.modules.end_backward(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
+        self._claim(reached)
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
             self.scale.forget()
         record = self.clock.open
@@ -191,6 +189,7 @@ class Recorder:
         if act is Pre.READ:
             read = [slot for slot in record.reached if self._draft is None or slot not in self._draft.in_pre]
             self._read(read)
+            self._claim(read)
             self._find_owners()
             if self._draft is not None:
                 self._draft.in_pre.update(read)
@@ -314,6 +313,7 @@ class Recorder:
             slots = {slot for slot, p in enumerate(self.table.params) if p.grad is not None}
             if slots:
                 self._read(sorted(slots))
+                self._claim(slots)
                 if self._draft is not None:
                     self.scale.give_to(self._draft)
             outcome = self.clock.by_hand(slots)
@@ -375,6 +375,12 @@ class Recorder:
             self._sample(draft, slots)
         elif not self._versions:
             self._versions = [(slot, private.version(self.table.params[slot])) for slot in slots[:3]]
+
+    def _claim(self, reached: Collection[int]) -> None:
+        """What the models of these slots did in their forward passes belongs to the open record."""
+        if self.modules.listening:
+            every = reached is self.gradients.everything
+            self.modules.end_backward(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
 
     def _is_due(self, count: int) -> bool:
         """Whether full statistics are taken of a record when `count` of its kind went before."""
