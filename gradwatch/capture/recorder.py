@@ -32,6 +32,9 @@ from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
 from gradwatch.records import GradState, Sampling
 
+_UNSEEN_AFTER = 3
+"""Records with full statistics that reached a module which was never seen to run, after which that is said."""
+
 _FROZEN_AFTER = 5
 """Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
 
@@ -85,6 +88,7 @@ class Recorder:
         self._models = models
         self._root_of: list[int] = []
         self._late = self._unseen_told = False
+        self._unseen = np.zeros(0, np.int64)
         self._notice = notice
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
@@ -633,17 +637,25 @@ class Recorder:
         found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
         self.modules.release(taken)
         if taken.compiled and not self._unseen_told:
-            self._tell_unseen(draft, taken.calls.keys(), found["calls"])
+            calls = found["calls"]
+            assert isinstance(calls, np.ndarray)
+            self._tell_unseen(draft, calls, taken.calls.keys())
         return found
 
-    def _tell_unseen(self, draft: Draft, hooked: Collection[int], calls: Any) -> None:
-        """Modules whose parameters a backward reached though nobody saw them run: compiled before the hooks were there."""
-        names = {self.table.layers[slot] for slot in np.flatnonzero(draft.state & np.uint8(GradState.REACHED))}
+    def _tell_unseen(self, draft: Draft, calls: NDArray[np.float64], hooked: Collection[int]) -> None:
+        """Modules whose parameters backward passes reach though nobody ever saw them run: compiled before the hooks were there."""
+        if len(self._unseen) != len(calls):
+            self._unseen = np.zeros(len(calls), np.int64)
+        names = list(self.table.modules)
         # What attention and recurrent modules hold they use themselves, without calling it.
-        whole = {name for name, module in self.table.modules.items() if kind_of(module) in ("attention", "recurrent")}
-        columns = {name: column for column, name in enumerate(self.table.modules)}
-        unseen = sorted(name for name in names if np.isnan(calls[columns[name]]) and name.rpartition(".")[0] not in whole)
-        unseen = [name for name in unseen if columns[name] in hooked]
+        alone = {name for name, module in self.table.modules.items() if kind_of(module) in ("attention", "recurrent")}
+        reached = {self.table.layers[slot] for slot in np.flatnonzero(draft.state & np.uint8(GradState.REACHED))}
+        for column in hooked:
+            if calls[column] > 0:
+                self._unseen[column] = -(2**31)
+            elif names[column] in reached and names[column].rpartition(".")[0] not in alone:
+                self._unseen[column] += 1
+        unseen = [f"`{names[column]}`" for column in np.flatnonzero(self._unseen >= _UNSEEN_AFTER)]
         if unseen:
             self._unseen_told = True
             self._notice(
