@@ -385,6 +385,16 @@ class ModuleHooks:
             if cell.root in roots:
                 cell.claimed = cell.calls
 
+    def forget(self) -> None:
+        """The backward that has returned counts for nothing, and so do the forward passes before it."""
+        self.end_backward(())
+        for root, parts in enumerate(self._parts):
+            claimed = self._claimed[root]
+            self.release(Taken(parts[claimed:]))
+            del parts[claimed:]
+        for cell in self.cells:
+            cell.calls = cell.claimed
+
     def take(self, roots: Iterable[int], observe: bool = True) -> Taken:
         """What belongs to the record that closes, of these models; give it back by `release`.
 

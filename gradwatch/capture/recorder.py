@@ -140,12 +140,15 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
-        self._claim(reached)
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
             self.scale.forget()
         record = self.clock.open
         fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
         read_here = record is None or record.evaluations == 1
+        if read_here:
+            self._claim(reached)
+        elif self.modules.listening:
+            self.modules.forget()  # gradients and loss are those of a closure's first evaluation, and so is the rest
         if reached and read_here and fresh:
             self._read(fresh)
         draft = self._draft
