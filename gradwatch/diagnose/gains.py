@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.execution import execution_of
+from gradwatch.facts import Meta
 from gradwatch.history import History
 
 EXPLAINED = 0.25
@@ -22,6 +22,9 @@ FUNCTION = "function"
 
 MANY = 2000
 """Modules between the two places beyond which nobody reads a product."""
+
+BACK = 11
+"""Records among which the last look is taken: one of them at least is looked at in the rarest cadence by default."""
 
 
 @dataclass(frozen=True)
@@ -78,37 +81,61 @@ def kinds_in(evidence: Mapping[str, float]) -> list[Kind]:
     ]
 
 
+@dataclass(frozen=True)
+class _Inner:
+    """The modules that hold no others, N of them, in the order of execution.
+
+    Attributes:
+        layers: `[N]`, columns.
+        rank: `[N]`, ranks of the execution, rising.
+        names: of the K classes.
+        kind: `[N]`, number of its class.
+        plain: `[N]`, is no activation itself.
+    """
+
+    layers: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    names: tuple[str, ...]
+    kind: NDArray[np.int64]
+    plain: NDArray[np.bool_]
+
+
+def _inner(meta: Meta) -> _Inner:
+    kept = meta.derived.get(_Inner)
+    if kept is None:
+        execution = execution_of(meta)
+        layers = execution.sorted(np.flatnonzero(execution.inner))
+        number: dict[str, int] = {}
+        kind = np.array([number.setdefault(meta.layers[i].type, len(number)) for i in layers], np.int64)
+        plain = np.array([meta.layers[i].activation is None for i in layers], bool)
+        kept = meta.derived[_Inner] = _Inner(layers, execution.rank[layers], tuple(number), kind, plain)
+    inner: _Inner = kept
+    return inner
+
+
 def _kinds_between(history: History, lower: int, upper: int) -> list[Kind]:
-    gains = history.recent("gain", WINDOW)
-    looked = np.isfinite(gains).any(axis=1)
-    if not looked.any():
+    gains = history.recent("gain", BACK)
+    looked = np.flatnonzero(gains[:, upper] > 0)
+    if not looked.size:
         return []
-    execution, facts = execution_of(history.meta), history.meta.layers
-    rank = execution.rank
-    inside = execution.inner & (rank >= rank[lower]) & (rank <= rank[upper])
-    way = execution.sorted(np.flatnonzero(inside))
-    if not 2 <= len(way) <= MANY:
+    last, inner, rank = int(looked[-1]), _inner(history.meta), execution_of(history.meta).rank
+    start, stop = int(inner.rank.searchsorted(rank[lower])), int(inner.rank.searchsorted(rank[upper])) + 1
+    if not 2 <= stop - start <= MANY:
         return []
-    gain, delta = _usual(gains[looked][:, way]), _usual(history.recent("delta_norm", WINDOW)[looked][:, way])
-    function = np.isfinite(history.recent("saturated_fraction", WINDOW)[looked][-1, way]) & np.isfinite(delta)
-    sums: dict[str, list[float]] = {}
-    # The gain of the lower one lies below its output, and is none of its business.
-    for i in np.flatnonzero(~np.isnan(gain[1:])) + 1:
-        sums.setdefault(facts[way[i]].type, []).append(float(gain[i]))
-    known = np.flatnonzero(np.isfinite(gain) & np.isfinite(delta))
-    for i in np.flatnonzero(function):
-        behind = int(np.searchsorted(known, i, side="right"))
-        if facts[way[i]].activation is None and behind < len(known):
-            above = known[behind]
-            sums.setdefault(FUNCTION, []).append(float(delta[i] - delta[above] - gain[above]))
-    kinds = [Kind(name, len(logs), sum(logs)) for name, logs in sums.items()]
-    return kinds if all(np.isfinite(kind.decades) for kind in kinds) else []
-
-
-def _usual(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """`[C]`: mean of the logarithms (base 10) of `[T, C]` as far as they were observed; NaN where none was."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(values.astype(np.float64))
-        seen = ~np.isnan(logs)
-        usual: NDArray[np.float64] = np.where(seen, logs, 0.0).sum(axis=0) / seen.sum(axis=0)
-    return usual
+    way, kind = inner.layers[start:stop], inner.kind[start:stop]
+    with np.errstate(divide="ignore"):
+        gain, delta = np.log10(gains[last, way]), np.log10(history.recent("delta_norm", BACK)[last, way])
+    told = ~np.isnan(gain)
+    told[0] = False  # the gain of the lower one lies below its output, and is none of its business
+    count = np.bincount(kind[told], minlength=len(inner.names))
+    decades = np.bincount(kind[told], gain[told], len(inner.names))
+    kinds = [Kind(inner.names[i], int(count[i]), float(decades[i])) for i in np.flatnonzero(count)]
+    # Between a module that a function follows and the next one lies what that does.
+    flat = history.recent("saturated_fraction", BACK)[last, way]
+    function = np.flatnonzero(inner.plain[start:stop] & np.isfinite(flat + delta))
+    if function.size:
+        known = np.flatnonzero(np.isfinite(gain + delta))
+        behind = np.searchsorted(known, function, side="right")
+        function, above = function[behind < len(known)], known[behind[behind < len(known)]]
+        kinds.append(Kind(FUNCTION, len(function), float((delta[function] - delta[above] - gain[above]).sum())))
+    return kinds if all(kind.count and np.isfinite(kind.decades) for kind in kinds) else []

@@ -48,11 +48,12 @@ def scenarios(columns: int) -> dict[str, NDArray[np.float64]]:
         "growing": np.logspace(6, 0, columns),
         "zero": np.where(lower, 0.0, 1.0),
         "missing": np.where(lower, np.nan, 1.0),
+        "dead": np.where(lower, 0.0, 1.0),
     }
 
 
-def measure(layers: int, norms: NDArray[np.float64]) -> dict[str, float]:
-    """Milliseconds an update, by part."""
+def measure(layers: int, norms: NDArray[np.float64], dead: bool = False) -> dict[str, float]:
+    """Milliseconds an update, by part; `dead`: so are the activations behind the lower half."""
     h = history(layers)
     incidents = Incidents(default_rules(), notice=print)
     random = np.random.default_rng(0)
@@ -65,6 +66,10 @@ def measure(layers: int, norms: NDArray[np.float64]) -> dict[str, float]:
         row["weight_norm"], row["update_ratio"], row["lr"] = 6.4, 1e-3, 0.1
         row["grad_state"] = np.where(reached, GradState.REACHED | GradState.STEPPED, GradState.STEPPED)
         row["loss"], row["backward_calls"], row["loss_terms"] = 1.0, 1, 1
+        row["calls"], row["activation_nonfinite"], row["dead_fraction"] = 1, 0, 0.0
+        row["saturated_fraction"], row["gain"], row["delta_norm"] = 0.5, 0.9, 1.0
+        if dead:
+            row["saturated_fraction"][1 : layers // 2] = row["dead_fraction"][1 : layers // 2] = 1.0
         row["total_norm"] = np.sqrt(np.nansum(np.square(row["grad_norm"])))
         h._ring.append(row)
         parts = [("baselines", lambda row=row: h.baselines.update(row, h.recorded - 1))]
@@ -86,7 +91,7 @@ def main() -> None:
         for name, norms in scenarios(2 * layers).items():
             if chosen and name not in chosen:
                 continue
-            spent = measure(layers, norms)
+            spent = measure(layers, norms, name == "dead")
             whole = spent["baselines"] + spent["all of judge"]
             print(f"{layers:6d} layers, {name:7s}: {whole:7.3f} ms an update", end="  (")
             print(", ".join(f"{part} {ms:.3f}" for part, ms in sorted(spent.items(), key=lambda kv: -kv[1])[:5]) + ")")

@@ -215,8 +215,8 @@ class _Looks:
 
     @classmethod
     def of(cls, history: History, layers: NDArray[np.int64]) -> _Looks:
-        # In columns that thousands of layers have, there is no need to look back further than the verdict asks for.
-        back = max(looked_back(len(layers)), BACK if len(layers) < 100 else 0)
+        # Where thousands are sick, the beginning is looked for no further back than the verdict asks for.
+        back = BACK if len(layers) < 100 else max(APART + 1, looked_back(2 * len(layers)))
         share = history.recent("saturated_fraction", back)[:, layers]
         looked = np.isfinite(share).any(axis=1)
         gain = history.recent("gain", back)[looked][:, layers]
