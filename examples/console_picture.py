@@ -2,7 +2,7 @@
 
 The classic case: ten sigmoid layers, plain SGD, predicting the next character of the Python source that is on this machine. But for
 the two prompts every line and every number is from the run that this script makes, in some seconds; the bars are
-`gradwatch.present.report.fall`, as `gradwatch demo` shows them.
+`gradwatch.present.picture.fall`, as `gradwatch demo` shows them.
 
     python examples/console_picture.py examples/console.svg
 """
@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import nn
 
 from gradwatch import GradWatch
-from gradwatch.present.report import fall
+from gradwatch.present.picture import fall
 
 CONTEXT, CHARACTERS, WIDTH, UPDATES = 8, 128, 256, 201
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sysconfig
-import textwrap
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradwatch.present import words
-from gradwatch.present.report import fall
+from gradwatch.present.picture import fall
 from gradwatch.records import Alert, Severity
 from gradwatch.watch import GradWatch
 
@@ -197,7 +196,7 @@ def vanishing(page: _Page, lesson: Lesson) -> None:
     page.head("Ten layers with a sigmoid after each")
     sick = train(network(nn.Sigmoid, lesson.seed), lesson, page.console)
     page.say(f"{_course(sick, lesson)} {_told(sick)}")
-    page.say("The way of its gradient, from the loss above to the input below:")
+    page.say("The way of its gradient until the watch spoke, from the loss above to the input below:")
     page.picture(sick)
     page.head("The remedy it named: ReLU in place of the sigmoids, all else the same")
     well = train(network(nn.ReLU, lesson.seed), lesson, page.console)
@@ -210,6 +209,8 @@ def exploding(page: _Page, lesson: Lesson) -> None:
     page.head(f"With ReLU again, but with weights that start {TOO_LARGE / he:.1f} times too large")
     bare = train(network(nn.ReLU, lesson.seed, TOO_LARGE), lesson, page.console)
     page.say(f"{_course(bare, lesson)} The first gradient had a norm of {words.number(bare.first_norm)}. {_told(bare)}")
+    page.say("The way of its gradient until the watch spoke:")
+    page.picture(bare, outputs=True)
     page.head("The same, with GradWatch(model, clip=1.0)")
     clipped = train(network(nn.ReLU, lesson.seed, TOO_LARGE), lesson, page.console, clip=1.0)
     coef = clipped.watch.history.stat("clip_coef")
@@ -255,18 +256,19 @@ class _Page:
         self._print(Text(f"\n{self._parts}. {title}\n", "bold"))
 
     def say(self, paragraph: str) -> None:
-        lines = textwrap.wrap(paragraph, self.console.width, break_long_words=False, break_on_hyphens=False)
+        lines = words.wrapped(paragraph, self.console.width)
         self._print(Text("\n".join(["", *lines])))
 
     def code(self, source: str) -> None:
         self._print(Text("\n".join(f"    {line}".rstrip() for line in source.splitlines())))
 
-    def picture(self, run: Run) -> None:
-        encoding = self.console.encoding
+    def picture(self, run: Run, outputs: bool = False) -> None:
+        """The gradient in the updates after which the watch spoke first; where it never did, in the last ones."""
+        plain = not words.can("█▏", self.console.encoding)
+        until = run.alarms[0][1] if run.alarms else None
+        width = min(78, self.console.width)
         self.console.print()
-        self.console.print(
-            fall(run.watch.history, width=min(78, self.console.width), ascii_only=not words.can("█▏", encoding)), highlight=False
-        )
+        self.console.print(fall(run.watch.history, until=until, outputs=outputs, width=width, ascii_only=plain), highlight=False)
 
     def _print(self, text: Text) -> None:
         fitted = "\n".join(words.fit(line, self.console.encoding) for line in text.plain.split("\n"))

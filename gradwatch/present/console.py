@@ -207,7 +207,7 @@ def _finished(line: _Line, encoding: str, width: int) -> Iterator[Text]:
 def _wrapped(line: Text, width: int) -> Iterator[Text]:
     """The line, broken between words at `width` cells, continuations indented. A longer word stays whole."""
     breaks, used = [], 0
-    for word in re.finditer(r"\S+\s*|^\s+", line.plain):
+    for word in re.finditer(r"(?:\S|\N{NO-BREAK SPACE})+[^\S\N{NO-BREAK SPACE}]*|^\s+", words.bound(line.plain)):
         if used > len(_INDENT) and used + cell_len(word[0].rstrip()) > width:
             breaks.append(word.start())
             used = len(_INDENT)

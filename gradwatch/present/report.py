@@ -1,37 +1,25 @@
-"""What is left to say when asked, and at the end: the verdict, the summary, the table of layers, and the fall of the gradient."""
+"""What is left to say when asked, and at the end: the verdict, the summary and the table of layers."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from gradwatch.history import History
 from gradwatch.present import words
-from gradwatch.present.layers import RECENT, Layers, Spread, latest, median, spread
+from gradwatch.present.grid import Grid
+from gradwatch.present.layers import Layers, Spread, spread
 from gradwatch.records import Alert, Severity, SkipReason
 
 _LEAST_UPDATES: Final = 10
 """Rules that need persistence judge nothing earlier (design, "time to a verdict"): with fewer, "healthy" would be a guess."""
 _FINDINGS: Final = 3
 """Findings that the verdict spells out."""
-_ROWS: Final = 40
-"""Layers shown at once in a table or a picture: a screenful."""
-_BLOCKS: Final = "▁▂▃▄▅▆▇█"
-_STEPS: Final = "_.-'\""
-_TREND: Final = 10
-_TREND_DECADES: Final = 2.0
-"""A trend's least height. Norms scatter by a factor of two or three in health; scaled to that, noise would look like a collapse."""
-_FALL_DECADES: Final = 4.0
-"""A picture's least height: layers that lie within a factor of ten then look alike, as they should."""
 
 
 def verdict(
@@ -188,7 +176,7 @@ def summary(
         stopped_by=stopped_by,
         attached=attached,
     )
-    lines += _loss(history)
+    lines += _loss(history) + _input(history)
     clip = history.stat("clip_coef")
     clipped = int((clip < 1).sum())
     if clipped:
@@ -223,9 +211,23 @@ def _loss(history: History) -> list[str]:
     return [told + kept]
 
 
+def _input(history: History) -> list[str]:
+    """What the model was given when that was last looked at, if it is known: indices have no mean."""
+    mean, std, bad = (history.stat(name) for name in ("input_mean", "input_std", "input_nonfinite"))
+    looked = np.flatnonzero(~np.isnan(mean) | (bad > 0))
+    if not len(looked):
+        return []
+    at = looked[-1]
+    if bad[at] > 0:
+        return [
+            f"  input not finite: {words.plural(int(bad[at]), 'element')} NaN or Inf in the sample of update {history.steps[at]}"
+        ]
+    return [f"  input mean {words.number(mean[at])}, standard deviation {words.number(std[at])}"]
+
+
 def _wrapped(line: str) -> list[str]:
     indent = " " * 9 if line[:8].rstrip().endswith(":") else "    " if line.startswith("  ") else "  "
-    return textwrap.wrap(line, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+    return words.wrapped(line, 80, indent) or [""]
 
 
 def _told_in_full(alert: Alert, updates: int) -> list[str]:
@@ -241,48 +243,50 @@ def _told_in_full(alert: Alert, updates: int) -> list[str]:
 
 # -- the layers, one by one --------------------------------------------------------------------------------------------------------
 
-_HEAD: Final = ("layer", "type", "grad norm", "trend", "weight norm", "update ratio", "state")
-_RIGHT: Final = (2, 4, 5)
-
 
 def table(history: History, alerts: Sequence[Alert], *, ascii_only: bool = False) -> RenderableType:
-    """The layers that hold parameters: last gradient norm, its trend over the kept records, weight norm, update ratio, state.
+    """The layers as a table: their gradient, what they put out and pass on, their weights and their state (`Grid`).
 
-    Of more than a screenful only the first, the last and the sick ones are shown. A trend has a log scale of its own, at least two
-    decades high; "!" stands for NaN or Inf. Alerts that belong to no layer stand below.
+    It has the columns that fit. Alerts that belong to no layer stand below.
 
     Args:
         history: the record of the run.
         alerts: `watch.alerts`.
         ascii_only: draw with ASCII alone; `options.ascii_only` of `__rich_console__` tells.
     """
-    encoding = "ascii" if ascii_only else "utf-8"
-    rows, left_out = _rows(history, alerts, ascii_only)
-    grid = Table(
-        box=None if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
-    )
-    for i, head in enumerate(_HEAD):
-        grid.add_column(
-            head.replace(" ", "\n"),  # so that the table fits into 80 columns
-            justify="right" if i in _RIGHT else "left",
-            vertical="top",
-            overflow="fold",
-            no_wrap=i > 1,
-            style="cyan" if i == 0 else "",
-        )
-    for row in rows:
-        cells = [Text(words.fit(cell, encoding)) for cell in row]
-        cells[-1].stylize("green" if row[-1] == "ok" else "dim" if row[-1] == "frozen" else "bold red")
-        grid.add_row(*cells)
-    below = [alert for alert in alerts if alert.severity >= Severity.WARNING and (alert.state == "ended" or not alert.layers)]
-    notes = [f"{words.mark(alert.severity)} {_in_short(alert)}" for alert in below[-_FINDINGS:]]
-    if left_out:
-        notes.append(f"{words.plural(left_out, 'layer')} left out by include and exclude")
-    head_line = f"gradwatch: {words.plural(history.recorded, 'update')}, {words.plural(len(alerts), 'alert')}"
-    apart = _spread(spread(history))
-    texts = [_joined([head_line, apart]), *notes]
-    first, *rest = [Text(words.fit(text, encoding)) for text in texts]
-    return Group(first, grid, *rest)
+    return _Table(history, alerts, ascii_only)
+
+
+class _Table:
+    """Made when it is drawn: only then its width is known."""
+
+    def __init__(self, history: History, alerts: Sequence[Alert], ascii_only: bool) -> None:
+        self._history, self._alerts, self._ascii_only = history, alerts, ascii_only
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        grid = Grid.of(self._history, self._alerts, ascii_only=self._ascii_only)
+        encoding = "ascii" if self._ascii_only else "utf-8"
+        alerts = words.plural(len(self._alerts), "alert")
+        title = _joined([f"gradwatch: {words.plural(self._history.recorded, 'update')}, {alerts}", _spread(spread(self._history))])
+        yield from self._text(title, encoding, options.max_width)
+        columns = grid.columns(options.max_width)
+        yield grid.table(columns)
+        yield from self._text(grid.legend(columns), encoding, options.max_width, "dim")
+        for alert in [a for a in self._alerts if a.severity >= Severity.WARNING and (a.state == "ended" or not a.layers)][
+            -_FINDINGS:
+        ]:
+            yield from self._text(f"{words.mark(alert.severity)} {_in_short(alert)}", encoding, options.max_width)
+        if grid.left_out:
+            yield from self._text(_left_out(grid), encoding, options.max_width)
+
+    @staticmethod
+    def _text(line: str, encoding: str, width: int, style: str = "") -> Iterator[Text]:
+        for row in words.wrapped(words.fit(line, encoding), width, "  "):
+            yield Text(row, style)
+
+
+def _left_out(grid: Grid) -> str:
+    return f"{words.plural(grid.left_out, 'layer')} left out by include and exclude"
 
 
 def _in_short(alert: Alert) -> str:
@@ -292,153 +296,6 @@ def _in_short(alert: Alert) -> str:
 
 
 def _text_table(history: History, alerts: Sequence[Alert]) -> list[str]:
-    rows, left_out = _rows(history, alerts, ascii_only=True)
-    cells = [("layer", "type", "grad norm", "trend", "weights", "update", "state"), *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i in _RIGHT else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return lines + [f"{words.plural(left_out, 'layer')} left out by include and exclude"] * bool(left_out)
-
-
-def _rows(history: History, alerts: Sequence[Alert], ascii_only: bool) -> tuple[list[tuple[str, ...]], int]:
-    """A row of cells for each layer that is shown, one for each run of layers that is not; and how many are out of scope."""
-    layers = Layers.of(history)
-    states = layers.states(history, alerts)
-    sick = [state not in ("ok", "frozen") for state in states]
-    chosen = _chosen(sick)
-    shown = layers.only(chosen)
-    every = median(layers.grad_norms(history))
-    norms, weights, ratios = shown.grad_norms(history, None), shown.weight_norms(history), shown.update_ratios(history)
-    now = latest(norms)
-    rows: list[tuple[str, ...]] = []
-    before = -1
-    for k, i in enumerate([*chosen, len(layers)]):
-        hidden = range(before + 1, i)
-        if hidden:
-            rest = sum(sick[j] for j in hidden)
-            middle = _cell(float(median(every[list(hidden), None])[0]))
-            rows.append((f"... {len(hidden)} more", "", middle, "", "", "", f"{rest} of them not ok" if rest else "ok"))
-        if k < len(chosen):
-            kind = history.meta.layers[shown.index[k]].type
-            trend = sparkline(norms[:, k], ascii_only=ascii_only)
-            rows.append((shown.names[k] or "(model)", kind, _cell(now[k]), trend, _cell(weights[k]), _cell(ratios[k]), states[i]))
-        before = i
-    return rows, layers.left_out
-
-
-def _chosen(sick: Sequence[bool]) -> list[int]:
-    """Which layers to show: all if they fit, else the first and last few and as many sick ones as fit."""
-    count, edge = len(sick), 4
-    if count <= _ROWS:
-        return list(range(count))
-    middle = [i for i in range(edge, count - edge) if sick[i]][: _ROWS - 2 * edge]
-    return [*range(edge), *middle, *range(count - edge, count)]
-
-
-def _cell(value: float) -> str:
-    return "-" if math.isnan(value) else "NaN/Inf" if math.isinf(value) else words.number(value)
-
-
-def sparkline(values: NDArray[np.float64], *, width: int = _TREND, ascii_only: bool = False) -> str:
-    """Positive values over time in `width` characters, on a log scale of their own, at least two decades high.
-
-    Args:
-        values: `[T]`; NaN where nothing was observed (a blank), Inf where the value was NaN or Inf ("!"), 0 stands at the bottom.
-        width: characters at most.
-        ascii_only: five heights in ASCII in place of eight blocks.
-    """
-    blocks = _STEPS if ascii_only else _BLOCKS
-    parts = np.array_split(values, min(width, len(values))) if len(values) else []
-    points = np.array([np.inf if np.isinf(part).any() else median(part[:, None])[0] for part in parts])
-    logs = np.full(len(points), np.nan)
-    drawn = np.isfinite(points) & (points > 0)
-    logs[drawn] = np.log10(points[drawn])
-    if drawn.any():
-        low, high = float(logs[drawn].min()), float(logs[drawn].max())
-        room = max(0.0, _TREND_DECADES - (high - low)) / 2
-        low, high = low - room, high + room
-        heights = np.clip((logs - low) / (high - low) * len(blocks), 0, len(blocks) - 1)
-    line = ""
-    for i, point in enumerate(points):
-        line += " " if math.isnan(point) else "!" if math.isinf(point) else blocks[0] if not drawn[i] else blocks[int(heights[i])]
-    return line
-
-
-# -- the fall ----------------------------------------------------------------------------------------------------------------------
-
-
-def fall(history: History, *, last: int = RECENT, width: int = 78, ascii_only: bool = False) -> Text:
-    """The gradient norm of each layer as a bar on a log scale: the way of the gradient, from the loss above to the input below.
-
-    Args:
-        history: the record of the run.
-        last: the bars are medians over this many last records.
-        width: columns of the picture, at least 40.
-        ascii_only: draw with "#" alone.
-
-    Returns:
-        Lines of at most `width` columns (longer where a layer's name is longer than a third of it).
-    """
-    layers = Layers.of(history)
-    norms = median(layers.grad_norms(history, last))
-    order = [history.meta.layers[i].order for i in layers.index]
-    ranked = sorted(range(len(layers)), key=lambda i: -i if None in order else -(order[i] or 0))
-    path = [i for i in ranked if not math.isnan(norms[i])]
-    drawn = [i for i in path if np.isfinite(norms[i]) and norms[i] > 0]
-    if not drawn:
-        return Text("no gradient was observed")
-    of = f", {_ROWS} of {len(path)} layers" if len(path) > _ROWS else ""
-    if of:
-        path = [path[round(k * (len(path) - 1) / (_ROWS - 1))] for k in range(_ROWS)]
-    high = math.log10(max(norms[i] for i in drawn))
-    low = min(math.floor(math.log10(min(norms[i] for i in drawn))), high - _FALL_DECADES)
-    encoding = "ascii" if ascii_only else "utf-8"
-    names = [words.fit(layers.names[i] or "(model)", encoding) for i in path]
-    column = max(map(len, names))
-    room = max(16, width - column - 8 - 12)
-    mean = f"median of {words.plural(min(last, len(history)), 'update')}"
-    picture = Text().append(f"gradient norm by layer, {mean}, log scale{of}\n", "bold")
-    for k, (i, name) in enumerate(zip(path, names, strict=True)):
-        end = "loss" if k == 0 else "input" if k == len(path) - 1 else ""
-        depth = high - math.log10(norms[i]) if i in set(drawn) else math.inf
-        style = "green" if depth < 2 else "yellow" if depth < 4 else "red"
-        picture.append(f"{end:>5}  ", "dim").append(name.ljust(column), "cyan").append("  ")
-        bar = "" if i not in drawn else _bar((math.log10(norms[i]) - low) / (high - low) * room, ascii_only)
-        picture.append(bar.ljust(room), style).append(f"  {_cell(norms[i])}\n")
-    picture.append(" " * (7 + column + 2)).append(_ruler(low, high, room), "dim")
-    ratio = norms[drawn[0]] / norms[drawn[-1]]
-    if len(drawn) > 1:
-        total = float(max(ratio, 1 / ratio))
-        each = total ** (1 / (len(drawn) - 1))
-        said = (
-            "about level"
-            if total < 2
-            else f"{'falls' if ratio > 1 else 'grows'} {words.times(total)} ({words.times(each)} a layer)"
-        )
-        said += f" from {words.layer(layers.names[drawn[0]])} to {words.layer(layers.names[drawn[-1]])}"
-        picture.append("\n" + words.fit(said, encoding))
-    return picture
-
-
-def _bar(cells: float, ascii_only: bool) -> str:
-    if ascii_only:
-        return "#" * max(1, round(cells))
-    eighths = max(1, round(cells * 8))
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
-
-
-def _ruler(low: float, high: float, room: int) -> str:
-    """A tick at each power of ten, as many of them labelled as there is room for."""
-    line = [" "] * (room + 8)
-    free = 0
-    for power in range(math.ceil(low), math.floor(high) + 1):
-        at = round((power - low) / (high - low) * room)
-        label = f"1e{power}"
-        if at >= free and at + len(label) <= len(line):
-            line[at : at + len(label)] = label
-            free = at + len(label) + 2
-    return "".join(line).rstrip()
+    grid = Grid.of(history, alerts, ascii_only=True)
+    columns = grid.text_columns(80)
+    return [*grid.lines(columns), *words.wrapped(grid.legend(columns), 80, "  "), *[_left_out(grid)] * bool(grid.left_out)]

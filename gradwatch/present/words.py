@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Final
 
@@ -92,6 +93,26 @@ def times(ratio: float) -> str:
         return f"×{ratio:.1f}" if ratio < 100 else f"×{ratio:.0f}"
     mantissa, exponent = f"{ratio:.1e}".split("e")
     return f"×{mantissa}e{int(exponent)}"
+
+
+def factor(value: float) -> str:
+    """What a norm is multiplied by, in two figures: "×0.21", "×2.4", "×1.0e-5"; "NaN/Inf" and "-" as in `measured`."""
+    if not math.isfinite(value):
+        return measured(value)
+    if not 1e-3 <= value < 100:
+        return f"×{number(value)}"
+    return f"×{value:#.2g}".rstrip(".")  # "#" keeps the second figure: ×0.10 above ×0.11
+
+
+def measured(value: float) -> str:
+    """A measured number in a table: "-" for NaN, which is "not observed", and "NaN/Inf" for Inf, which stands for both."""
+    return "-" if math.isnan(value) else "NaN/Inf" if math.isinf(value) else number(value)
+
+
+def hundredths(share: float) -> str:
+    """A share in a column of percents: "0", "52", "100"; "<1" and ">99" for what is rounded to none and to all and is not."""
+    whole = round(100 * share)
+    return "<1" if whole == 0 and share > 0 else ">99" if whole == 100 and share < 1 else str(whole)
 
 
 def duration(seconds: float) -> str:
@@ -212,10 +233,28 @@ def _said(origin: Origin, cause: str) -> bool:
 
 
 def _sentence(text: str) -> str:
-    text = " ".join(text.split())
+    text = _our_numbers(" ".join(text.split()))
     if text and text[-1] not in ".!?":
         text += "."
     return text
+
+
+_EXPONENT: Final = re.compile(r"(?<![\w.])\d+(?:\.\d+)?e[+-]?\d+(?![\w.]*\w)")
+_AT_A_NUMBER: Final = re.compile(
+    r"\b(at|in|outputs? of|units of|that of) (\d+(?:\.\d+)*)(?=$|[,;:)]| (?:against|before|holds?|lie|fire)\b)"
+)
+
+
+def _our_numbers(sentence: str) -> str:
+    """Numbers with an exponent as `number` writes them: "8e-08" is "8.0e-8" everywhere else on the screen, and "1e+03" is 1000."""
+    return _EXPONENT.sub(lambda found: number(float(found[0])), sentence)
+
+
+def _named_layers(sentence: str, names: Sequence[str]) -> str:
+    """ "at 18" reads as a count: "at layer 18", where the names of the alert are such numbers too."""
+    if all(_reads_as_name(name) for name in names if name):
+        return sentence
+    return _AT_A_NUMBER.sub(r"\1 layer \2", sentence)
 
 
 def spoken(alert: Alert) -> tuple[str, str, str]:
@@ -227,7 +266,7 @@ def spoken(alert: Alert) -> tuple[str, str, str]:
     if not holds_a_number(detail, (*alert.layers, *alert.parameters)):
         numbers = two_numbers(alert)
         detail = f"{detail} ({numbers})" if detail and numbers else detail or numbers
-    return rule_words(alert.rule), place, detail
+    return rule_words(alert.rule), place, _our_numbers(_named_layers(detail, alert.layers))
 
 
 def mark(severity: Severity) -> str:
@@ -249,6 +288,28 @@ def fit(text: str, encoding: str) -> str:
         return text
     text = "".join(char if can(char, encoding) else char.translate(_ASCII) for char in text)
     return text if can(text, encoding) else text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+_UNIT: Final = re.compile(r"(?<=\d) (?=(?:µs|us|ms|s|%)(?!\w))")
+
+
+def bound(text: str) -> str:
+    """The text with a no-break space between a number and its unit, for what breaks lines; `wrapped` and the console take it out
+    again, so that logs hold plain blanks and can be searched. As long as before."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", text)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines of at most `width` characters, broken between words and not between a number and its unit; a longer word stays whole.
+
+    Args:
+        text: one paragraph.
+        width: characters.
+        indent: what lines after the first begin with.
+    """
+    # Only the blanks that were bound here come back: textwrap breaks at ASCII white space alone.
+    lines = textwrap.wrap(bound(text), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def can(text: str, encoding: str) -> bool:

@@ -20,10 +20,14 @@ def history_of(
     hidden: Sequence[str] = (),
     frozen: Sequence[str] = (),
     order: Mapping[str, int] | None = None,
+    flat: Mapping[str, str] | None = None,
     window: int = 512,
     **columns: Any,
 ) -> History:
-    """A history of the layers (name to the names of its own parameters, under the root "") with these gradient norms `[T, P]`."""
+    """A history of the layers (name to the names of its own parameters, under the root "") with these gradient norms `[T, P]`.
+
+    A layer named in `flat` is an activation that is flat so.
+    """
     names = [f"{layer}.{own}" if layer else own for layer, owns in layers.items() for own in owns]
     meta = Meta(
         parameters=tuple(
@@ -38,7 +42,14 @@ def history_of(
             for own in owns
         ),
         layers=tuple(
-            LayerFact(name, (types or {}).get(name, "Linear"), in_scope=name not in hidden, order=(order or {}).get(name))
+            LayerFact(
+                name,
+                (types or {}).get(name, "Linear"),
+                kind="activation" if name in (flat or {}) else "other",
+                in_scope=name not in hidden,
+                order=(order or {}).get(name),
+                flat=(flat or {}).get(name, ""),
+            )
             for name in dict.fromkeys(["", *layers])
         ),
     )
@@ -73,6 +84,49 @@ def chain(depth: int, updates: int = 20, factor: float = 1.0, seed: int = 0) -> 
         order={name: i for i, name in enumerate(layers)},
         weight_norm=np.full((updates, 2 * depth), 3.0),
         update_ratio=np.full((updates, 2 * depth), 1e-3),
+    )
+
+
+def seen(depth: int, updates: int = 20, kind: str = "ReLU", every: int = 1, **observed: Any) -> History:
+    """A chain `fc0, act0, fc1, ...` with its activations observed at each `every`-th update.
+
+    Args:
+        depth: pairs of a layer and its activation.
+        updates: records.
+        kind: class of the activations.
+        every: one update in so many is looked at.
+        observed: `[L]` (root, fc0, act0, fc1, ...) or a scalar, for a statistic; it replaces what a healthy network has.
+    """
+    count = 1 + 2 * depth
+    one_sided = kind == "ReLU"
+    activation = np.arange(count) % 2 == 0
+    activation[0] = False
+    values = {
+        "calls": 1.0,
+        "activation_rms": 0.5,
+        "activation_absmax": 2.0,
+        "activation_nonfinite": 0.0,
+        "saturated_fraction": np.where(activation, 0.5 if one_sided else 0.0, np.nan),
+        "dead_fraction": np.where(activation & one_sided, 0.0, np.nan),
+        "delta_norm": 0.1,
+        "delta_nonfinite": 0.0,
+        "gain": np.where(activation, 0.7, 1.4),
+        **observed,
+    }
+    looks = np.arange(updates) % every == 0
+    columns = {
+        name: np.where(looks[:, None], np.broadcast_to(np.asarray(value, float), count), np.nan) for name, value in values.items()
+    }
+    names = [f"{name}{i}" for i in range(depth) for name in ("fc", "act")]
+    return history_of(
+        {name: ("weight",) if name.startswith("fc") else () for name in names},
+        np.ones((updates, depth)),
+        types={name: kind for name in names if name.startswith("act")},
+        flat={name: "one-sided" if one_sided else "two-sided" for name in names if name.startswith("act")},
+        order={f"fc{i}": i for i in range(depth)},
+        weight_norm=np.full((updates, depth), 3.0),
+        update_ratio=np.full((updates, depth), 1e-3),
+        **columns,
     )
 
 

@@ -98,7 +98,7 @@ def test_control_characters_in_a_name_do_not_reach_the_terminal() -> None:
 def test_a_place_that_the_message_names_is_not_said_twice() -> None:
     sink, file = sink_at(200)
     sink(alert(layers=("fc1",), message="fc1 gets 3e-9 of the gradient"))
-    assert printed(file)[0].endswith("vanishing gradient: fc1 gets 3e-9 of the gradient")
+    assert printed(file)[0].endswith("vanishing gradient: fc1 gets 3.0e-9 of the gradient")
     sink(alert(layers=("fc1",), message="fc12 gets 3e-9 of the gradient", step=3, rule="poor_init"))
     assert " in fc1: " in printed(file)[0]
 
@@ -132,6 +132,17 @@ def test_the_birthplace_of_a_nan_is_told_unless_the_cause_names_it() -> None:
     assert "Born in aten::sqrt in the backward pass of encoder.0, train.py:31." in second
     sink(alert("non_finite_loss", cause="sqrt at train.py:31 has an infinite derivative at 0", origin=origin))
     assert "Born" not in printed(file)[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_number_and_its_unit_are_not_parted_by_the_end_of_a_line(encoding: str) -> None:
+    for width in range(30, 60):
+        sink, file = sink_at(width, encoding)
+        sink.print_lines(["✓ gradwatch: healthy after 500 updates; cost 1.5 ms an update, 0.6 %"])
+        lines = printed(file)
+        assert any("1.5 ms" in line for line in lines)
+        assert any("0.6 %" in line for line in lines)
+        assert max(map(len, lines)) <= width
 
 
 # -- when it speaks ----------------------------------------------------------------------------------------------------------------

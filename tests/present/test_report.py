@@ -1,8 +1,7 @@
-"""The verdict, the summary, the table of layers and the picture of the fall, over histories made by hand."""
+"""The verdict and the summary, over histories made by hand."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import subprocess
@@ -11,27 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from gradwatch.history import History, Meta, Pending
 from gradwatch.present.layers import Layers, latest, median, spread
-from gradwatch.present.report import fall, sparkline, summary, table, verdict
+from gradwatch.present.report import summary, verdict
 from gradwatch.records import Severity, SkipReason
-from tests.present.runs import alert, chain, history_of
+from tests.present.runs import alert, chain, history_of, seen
 
 NAN = math.nan
 ROOT = Path(__file__).parents[2]
-
-
-def drawn(history: History, *alerts: object, width: int = 120, ascii_only: bool = False) -> list[str]:
-    file = io.StringIO()
-    Console(file=file, width=width).print(table(history, alerts, ascii_only=ascii_only))  # type: ignore[arg-type]
-    return [line.rstrip() for line in file.getvalue().splitlines()]
-
-
-def row_of(lines: list[str], name: str) -> str:
-    (row,) = [line for line in lines if line.split(" ")[0] == name]
-    return row
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------------------
@@ -201,161 +188,6 @@ def test_median_and_latest_agree_with_numpy_over_what_was_observed() -> None:
         assert last == seen[-1] if len(seen) else math.isnan(last)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_has_a_row_for_each_layer_with_parameters_of_its_own() -> None:
-    history = history_of(
-        {"conv[q]": ("weight", "bias"), "head": ("weight",)},
-        np.tile([3.0, 4.0, 0.5], (12, 1)),
-        types={"conv[q]": "Conv2d"},
-        weight_norm=[[6.0, 8.0, 2.0]] + [[NAN] * 3] * 11,
-        update_ratio=[[0.01, 0.5, 0.002]] + [[NAN] * 3] * 11,
-    )
-    lines = drawn(history, alert("vanishing_gradient", layers=("head",)))
-    assert row_of(lines, "conv[q]").split() == ["conv[q]", "Conv2d", "5", "▅" * 10, "10", "0.01", "ok"]
-    assert row_of(lines, "head").split() == ["head", "Linear", "0.5", "▅" * 10, "2", "0.002", "vanishing_gradient"]
-
-
-def test_the_state_of_a_layer_comes_from_open_alarms_on_it_or_above_it() -> None:
-    layers = {"block.a": ("weight",), "block.b": ("weight",), "other": ("weight",), "cold": ("weight",), "lost": ("weight",)}
-    norms = np.tile([1.0, 1.0, 1.0, NAN, NAN], (12, 1))
-    history = history_of(layers, norms, frozen=("cold",))
-
-    def states(*alerts: object) -> list[str]:
-        return Layers.of(history).states(history, alerts)  # type: ignore[arg-type]
-
-    assert states() == ["ok", "ok", "ok", "frozen", "no gradient"]
-    assert states(alert("x", layers=("block",)))[:3] == ["x", "x", "ok"]
-    assert states(alert("x", layers=("block",), parameters=("block.b.weight",)))[:3] == ["ok", "x", "ok"]
-    assert states(alert("x", layers=("other",), state="ended"))[2] == "ok"
-    assert states(alert("x", layers=("other",), severity=Severity.INFO))[2] == "ok"
-    assert states(alert("x", layers=("",)))[:3] == ["x", "x", "x"]
-    assert states(alert("unnormalized_input", layers=("",)))[:3] == ["ok", "ok", "ok"]
-    assert states(alert("x", layers=("other",)), alert("y", layers=("other",), severity=Severity.ERROR))[2] == "y +1"
-
-
-def test_a_layer_whose_last_gradient_was_not_finite_is_not_called_ok() -> None:
-    bad = [[0.0, 0.0]] * 11 + [[5.0, 0.0]]
-    history = history_of({"a": ("weight",), "b": ("weight",)}, np.ones((12, 2)), grad_nonfinite=bad)
-    assert Layers.of(history).states(history, []) == ["NaN/Inf", "ok"]
-    assert row_of(drawn(history), "a").split()[2:4] == ["NaN/Inf", "▅" * 9 + "!"]
-
-
-def test_the_table_of_a_thousand_layers_is_a_screenful_and_shows_the_sick_ones() -> None:
-    layers = {f"layers.{i}": ("weight",) for i in range(1000)}
-    history = history_of(layers, np.ones((12, 1000)))
-    lines = drawn(history, alert(layers=("layers.500",)))
-    assert len(lines) < 20
-    assert row_of(lines, "layers.500").endswith("vanishing_gradient")
-    assert sum("more" in line for line in lines) == 2
-    everything = drawn(history, alert(layers=("",)))
-    assert len(everything) < 60
-    assert any("of them not ok" in line for line in everything)
-    assert len(summary(history, [alert(layers=("",))]).splitlines()) < 80
-
-
-def test_the_table_leaves_out_what_is_out_of_scope_and_says_so() -> None:
-    history = history_of({"a": ("weight",), "b": ("weight",)}, np.ones((12, 2)), hidden=("b",))
-    lines = drawn(history)
-    assert not any(line.startswith("b ") for line in lines)
-    assert lines[-1] == "1 layer left out by include and exclude"
-
-
-def test_without_a_record_no_layer_is_said_to_lack_a_gradient() -> None:
-    history = history_of({"a": ("weight",), "b": ("weight",)}, np.zeros((0, 2)), frozen=("b",))
-    assert Layers.of(history).states(history, []) == ["not seen", "frozen"]
-
-
-def test_alerts_without_a_layer_stand_below_the_table() -> None:
-    lines = drawn(chain(2), alert("never_stepped", layers=(), message="12 backward passes"))
-    assert lines[-1] == "▲ the optimizer never steps since step 0: 12 backward passes"
-
-
-def test_the_table_fits_80_columns_and_ascii() -> None:
-    history = chain(12, factor=5.0)
-    for ascii_only in (False, True):
-        lines = drawn(history, alert(layers=("layers.0",)), width=80, ascii_only=ascii_only)
-        assert row_of(lines, "layers.0").endswith("vanishing_gradient")
-        assert max(map(len, lines)) <= 80
-    assert "".join(lines).isascii()
-
-
-def test_a_history_without_a_record_has_a_table_too() -> None:
-    assert row_of(drawn(chain(2, updates=0)), "layers.0").split() == ["layers.0", "Linear", "-", "-", "-", "not", "seen"]
-    assert drawn(History(Meta()))
-
-
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        pytest.param([1.0, 1.1, 0.9, 1.0], "▅▅▄▅", id="noise stays level"),
-        pytest.param([1.0, 1e-1, 1e-2, 1e-3], "█▆▃▁", id="a collapse is seen"),
-        pytest.param([1.0, NAN, 1.0], "▅ ▅", id="not observed"),
-        pytest.param([1.0, np.inf, 1.0], "▅!▅", id="not finite"),
-        pytest.param([1.0, 0.0, 1.0], "▅▁▅", id="zero"),
-        pytest.param([], "", id="empty"),
-        pytest.param([NAN, NAN], "  ", id="never observed"),
-    ],
-)
-def test_a_sparkline(values: list[float], line: str) -> None:
-    assert sparkline(np.array(values, float)) == line
-
-
-def test_a_sparkline_is_bounded_and_ascii_has_heights_too() -> None:
-    values = np.logspace(0, -6, 512)
-    assert len(sparkline(values, width=12)) == 12
-    in_ascii = sparkline(values, width=12, ascii_only=True)
-    assert in_ascii.isascii()
-    assert [len(set(in_ascii)), in_ascii[0], in_ascii[-1]] == [5, '"', "_"]
-
-
-# -- the fall ----------------------------------------------------------------------------------------------------------------------
-
-
-def bars(picture: str, mark: str = "#") -> list[tuple[str, int]]:
-    return [(match[1], len(match[2])) for match in re.finditer(rf"(layers\.\d+)\s+({mark}+)", picture)]
-
-
-def test_the_fall_runs_from_the_loss_to_the_input_with_bars_by_powers_of_ten() -> None:
-    picture = fall(chain(8, factor=10.0), ascii_only=True).plain
-    lines = picture.splitlines()
-    assert lines[1].split()[:2] == ["loss", "layers.7"]
-    assert lines[8].split()[:2] == ["input", "layers.0"]
-    assert [name for name, _ in bars(picture)] == [f"layers.{i}" for i in range(7, -1, -1)]
-    lengths = [length for _, length in bars(picture)]
-    steps = -np.diff(lengths)
-    assert (steps > 0).all()
-    assert np.ptp(steps) <= 2, "a bar's length is its logarithm"
-    assert re.fullmatch(r"falls x(9\.\de6|1\.\de7) \(x(9\.\d|10\.\d) a layer\) from layers\.7 to layers\.0", lines[-1])
-    assert picture.isascii()
-    assert max(map(len, lines)) <= 78
-
-
-def test_the_fall_of_a_healthy_network_looks_level() -> None:
-    lengths = [length for _, length in bars(fall(chain(8), ascii_only=True).plain)]
-    assert min(lengths) > 0.9 * max(lengths)
-    assert "about level" in fall(chain(8)).plain
-
-
-def test_the_fall_follows_the_order_of_execution_not_of_registration() -> None:
-    history = history_of({"layers.0": ("weight",), "layers.1": ("weight",)}, np.ones((9, 2)), order={"layers.0": 1, "layers.1": 0})
-    assert [name for name, _ in bars(fall(history, ascii_only=True).plain)] == ["layers.0", "layers.1"]
-
-
-def test_the_fall_is_bounded_and_survives_zeros_nans_and_nothing() -> None:
-    big = fall(chain(500)).plain
-    assert len(big.splitlines()) < 50
-    assert "40 of 500 layers" in big
-    names = {f"layers.{i}": ("weight",) for i in range(4)}
-    history = history_of(names, np.tile([0.0, 1.0, NAN, 2.0], (9, 1)), grad_nonfinite=np.tile([0, 0, NAN, 3], (9, 1)))
-    picture = fall(history).plain
-    assert re.search(r"layers\.3 .*NaN/Inf", picture)
-    assert re.search(r"layers\.0 .* 0$", picture, re.MULTILINE)
-    assert "layers.2" not in picture
-    assert fall(History(Meta())).plain == "no gradient was observed"
-
-
 # -- the summary -------------------------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +233,38 @@ def test_the_last_finite_loss_has_its_step_where_not_all_updates_are_kept() -> N
     assert "  loss 2 -> NaN, last finite: 1.5 at step 6 (updates 4 to 7, the ones kept)" in summary(history, [])
 
 
+def test_the_summary_has_the_activations_and_every_name_in_one_piece() -> None:
+    lines = summary(seen(3), []).splitlines()
+    (row,) = [line for line in lines if line.startswith("fc1 ")]
+    assert row.split() == ["fc1", "Linear", "1", "----------", "x1.4", "0.5", "3", "0.001", "ok"]
+    (row,) = [line for line in lines if line.startswith("act1 ")]
+    assert row.split() == ["act1", "ReLU", "x0.70", "0.5", "50", "0"]
+    assert max(map(len, lines)) <= 82
+    long = "encoder.layer.11.attention.output.with_a_long_name.and_more_of_it"
+    history = history_of({long: ("weight",)}, np.ones((12, 1)), gain=np.full((12, 2), 2.0), weight_norm=np.full((12, 1), 3.0))
+    (row,) = [line for line in summary(history, []).splitlines() if line.startswith(long)]
+    assert row.split()[1:] == ["Linear", "1", "x2.0", "3", "-", "ok"], "every number is there, the trend is not"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "bad", "said"),
+    [
+        pytest.param([0.5, NAN, NAN], [1.0, NAN, NAN], [0.0, NAN, NAN], "mean 0.5, standard deviation 1", id="seen-at-first"),
+        pytest.param([0.5, 121.0, NAN], [1.0, 70.0, NAN], [0, 0, NAN], "mean 121, standard deviation 70", id="the-last-look"),
+        pytest.param(
+            [0.5, NAN, NAN], [1.0, NAN, NAN], [0, 3, NAN], "not finite: 3 elements NaN or Inf in the sample of update 1", id="nan"
+        ),
+        pytest.param([NAN] * 3, [NAN] * 3, [NAN] * 3, None, id="never-seen"),
+    ],
+)
+def test_the_summary_tells_of_the_input_where_it_is_known(
+    mean: list[float], std: list[float], bad: list[float], said: str | None
+) -> None:
+    history = history_of({"a": ("weight",)}, np.ones((3, 1)), input_mean=mean, input_std=std, input_nonfinite=bad)
+    told = [line.removeprefix("  input ") for line in summary(history, []).splitlines() if line.startswith("  input")]
+    assert told == ([] if said is None else [said])
+
+
 def test_the_summary_of_a_watch_that_was_never_attached_says_so() -> None:
     assert summary(chain(1, updates=0), [], attached=False).startswith(
         "! gradwatch: it was never attached, so nothing was judged\n"
@@ -416,7 +280,8 @@ def test_reports_are_made_without_torch() -> None:
 import sys
 import numpy as np
 from gradwatch.present.console import ConsoleSink
-from gradwatch.present.report import fall, summary, table, verdict
+from gradwatch.present.picture import fall
+from gradwatch.present.report import summary, table, verdict
 from tests.present.runs import alert, chain
 ConsoleSink()(alert())
 ConsoleSink().print_lines(verdict(chain(3), [alert()]))
