@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.history import History
+from gradwatch.history import History, LayerFact
 from gradwatch.records import Alert, GradState, Severity, SkipReason
 
 RECENT: Final = 64
@@ -20,6 +20,12 @@ _ABOUT_THE_INPUT: Final = frozenset({"unnormalized_input", "non_finite_input"})
 
 _MUCH: Final = 0.5
 """A dead or saturated share from which a module is shown before others: most of it. Not a verdict, those come from rules."""
+
+_TWO_SIDED: Final = frozenset({"Sigmoid", "Tanh", "Hardsigmoid", "Hardtanh", "Softsign"})
+"""Torch's activations that are stuck where they are flat, for a history whose facts do not say it."""
+
+_TELLING: Final = 10
+"""Looks after which the capture counts dead units: what has none by then is no rectifier. Before, a function is not told from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,8 @@ class Outputs:
         delta: norm of the gradient with respect to the output.
         gain: norm of the gradient below over that above.
         calls: forward calls in an update.
-        one_sided: bool; its activation is a rectifier, of which half and more is flat in health.
+        often_flat: bool; much of its activation's output is flat in health, as of a rectifier or a softmax, or which activation it is is
+            not known.
     """
 
     rms: NDArray[np.float64]
@@ -167,7 +174,7 @@ class Outputs:
     delta: NDArray[np.float64]
     gain: NDArray[np.float64]
     calls: NDArray[np.float64]
-    one_sided: NDArray[np.bool_]
+    often_flat: NDArray[np.bool_]
 
     @classmethod
     def last(cls, history: History) -> Outputs:
@@ -188,16 +195,23 @@ class Outputs:
     @classmethod
     def _of(cls, history: History, every: NDArray[np.float64], chosen: NDArray[np.float64]) -> Outputs:
         rms, saturated, dead, delta, gain = chosen
-        known = np.array([fact.flat == "one-sided" for fact in history.meta.layers], bool)
         fires = ~np.isnan(every[2]).all(axis=0)  # units that can be dead are those of rectifiers
+        unknown = (~np.isnan(every[1])).sum(axis=0) < _TELLING
+        often = fires | np.array([_often_flat(fact, new) for fact, new in zip(history.meta.layers, unknown, strict=True)], bool)
         calls = latest(history.recent("calls", RECENT).astype(float))
-        return cls(rms, saturated, dead, delta, gain, calls, known | fires)
+        return cls(rms, saturated, dead, delta, gain, calls, often)
 
     def much(self) -> NDArray[np.bool_]:
         """`[L]`: most of it is dead or saturated, or it was not finite. What a rectifier has in its flat part does not count."""
-        flat = (self.saturated >= _MUCH) & ~self.one_sided
+        flat = (self.saturated >= _MUCH) & ~self.often_flat
         chosen: NDArray[np.bool_] = flat | (self.dead >= _MUCH) | np.isinf(self.rms)
         return chosen
+
+
+def _often_flat(fact: LayerFact, unknown: bool) -> bool:
+    if fact.flat:
+        return fact.flat != "two-sided"
+    return fact.type not in _TWO_SIDED if fact.kind == "activation" else unknown
 
 
 def _looks(history: History, records: slice) -> NDArray[np.float64]:

@@ -131,7 +131,7 @@ def _behind_it(history: History, usual: Outputs, activation: int | None, layer: 
     told = []
     if activation is not None and not math.isnan(usual.gain[at]):
         told.append(words.factor(usual.gain[at]))
-    shares = ((usual.dead[at], "dead"), (math.nan if usual.one_sided[at] else usual.saturated[at], "saturated"))
+    shares = ((usual.dead[at], "dead"), (math.nan if usual.often_flat[at] else usual.saturated[at], "saturated"))
     told += [f"{words.hundredths(share)} % {what}" for share, what in shares if share >= _SOME]
     kind = "" if activation is None else f"{history.meta.layers[at].type} "
     return f"{kind}{', '.join(told)}" if told else ""

@@ -90,6 +90,31 @@ def test_saturated_and_dead_shares_stand_there_where_there_are_any(kind: str, sh
     assert ("ReLU" in row or "Sigmoid" in row) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("kind", "looks", "said"),
+    [
+        pytest.param("Sigmoid", 3, "Sigmoid 60 % saturated", id="known-by-its-class"),
+        pytest.param("ReLU", 3, "", id="a-rectifier-before-its-units-are-counted"),
+        pytest.param("Softmax", 20, "", id="a-probability"),
+        pytest.param("", 3, "", id="a-function-that-may-be-a-relu"),
+        pytest.param("", 20, "60 % saturated", id="a-function-that-is-none"),
+    ],
+)
+def test_only_what_is_stuck_where_it_is_flat_is_called_saturated(kind: str, looks: int, said: str) -> None:
+    share = np.full((looks, 3), NAN)
+    share[:, 2 if kind else 1] = 0.6
+    history = history_of(
+        {"fc": ("weight",), "act": ()},
+        np.ones((looks, 1)),
+        flat={"act": ""} if kind else {},
+        types={"act": kind or "Dropout"},
+        calls=np.ones((looks, 3)),
+        saturated_fraction=share,
+    )
+    (row,) = [line for line in fall(history).plain.splitlines() if line.startswith(" loss")]
+    assert row.partition("█")[2].lstrip("█▏▎▍▌▋▊▉ ").removeprefix("1").strip() == said
+
+
 def test_without_activations_there_is_nothing_beside_the_bars() -> None:
     assert "gain" not in fall(chain(3)).plain
 
