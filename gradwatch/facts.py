@@ -51,7 +51,7 @@ class LayerFact:
         name: qualified name; the root is "" (or the key of a mapping of models).
         type: class name, for example "Linear".
         kind: what it is: "activation", "normalization", "linear", "convolution", "recurrent", "embedding", "attention", "dropout",
-            "container" or "other".
+            "list" (a ModuleList or ModuleDict), "container" or "other".
         order: rank of its first parameter in the order of execution, or None.
         role: "input", "hidden", "head" or "" while unknown.
         activation: for an activation its torch class name, else None.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation as activations
 
-from gradwatch.capture import private
+from gradwatch.capture import private, saturation
 from gradwatch.capture.parameters import ParameterTable, as_real, materialised
 from gradwatch.facts import LayerFact, Meta, ParameterFact
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("list", (nn.ModuleList, nn.ModuleDict)),
     ("attention", (nn.MultiheadAttention,)),
     ("linear", (nn.Linear, nn.Bilinear, nn.LazyLinear)),
     (
@@ -121,6 +123,7 @@ def describe(
     outside_in_model: tuple[str, ...] = (),
     opaque: bool = False,
     unreached: Iterable[int] = (),
+    functions: Mapping[str, str] = MappingProxyType({}),
 ) -> Meta:
     """The static facts of a run.
 
@@ -138,6 +141,7 @@ def describe(
         outside_in_model: paths of those found in a module's attributes.
         opaque: the graph hides something.
         unreached: slots that no graph reaches.
+        functions: layer -> how the activation is flat that follows it as a function.
     """
     ranks = {slot: rank for rank, slot in enumerate(sorted(order, key=lambda slot: order[slot]))}
     parameters = []
@@ -177,6 +181,7 @@ def describe(
                 order=layer_order.get(name),
                 role=role,
                 activation=type(module).__name__ if kind == "activation" else None,
+                flat=saturation.shape(module) or functions.get(name, ""),
                 in_scope=in_scope(name, include, exclude),
             )
         )

@@ -21,7 +21,7 @@ def find_functions(
     roots: Iterable[Any],
     parts: Sequence[Part],
     sample: Callable[[Tensor], Row | None],
-    peaks: Callable[[Tensor, int, int], list[Row]],
+    peaks: Callable[[Tensor, int, int, float], list[Row]],
     turn: int,
 ) -> int:
     """Add the activations that follow a module, and are none themselves, to the parts that they follow.
@@ -30,7 +30,7 @@ def find_functions(
         roots: tensors (or gradient edges) of the backward that is about to run; afterwards nothing saved is left.
         parts: of the forward passes before it.
         sample: copies a tensor's sample into a row.
-        peaks: takes the largest magnitude of each unit.
+        peaks: takes by how much each unit fired.
         turn: number of the look.
 
     Returns:
@@ -76,7 +76,7 @@ def _take(
     module: Any,
     attribute: str,
     sample: Callable[[Tensor], Row | None],
-    peaks: Callable[[Tensor, int, int], list[Row]],
+    peaks: Callable[[Tensor, int, int, float], list[Row]],
     turn: int,
 ) -> bool:
     try:
@@ -91,7 +91,8 @@ def _take(
         return False
     is_output = attribute == "_saved_result"
     activation = Activation(module, given=None if is_output else row, out=row if is_output else None)
-    if is_output and saturation.fires(module) is not None:
-        activation.peaks = peaks(saved, part.axis, turn)
+    fires = saturation.fires(module)
+    if fires is not None:
+        activation.peaks = peaks(saved if is_output else module(saved), part.axis, turn, fires)
     part.activations.append(activation)
     return True

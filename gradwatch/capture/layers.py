@@ -224,11 +224,9 @@ def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: S
     dead = found["dead_fraction"]
     assert isinstance(dead, np.ndarray)
     peaks: dict[int, NDArray[np.float32]] = {}
-    least: dict[int, float] = {}
     for part in parts:
         for activation in part.activations:
-            threshold = saturation.fires(activation.module)
-            if not activation.peaks or threshold is None:
+            if not activation.peaks:
                 continue
             at = [place[id(row)] for row in activation.peaks]
             units = np.concatenate([table.values[i, : table.count[i]] for i in at])
@@ -237,7 +235,6 @@ def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: S
                 peaks[part.column] = units
             else:
                 peaks[part.column] = np.maximum(known, units)
-            least[part.column] = threshold
     for column, units in peaks.items():
         cell = cells.get(column)
         if cell is None:
@@ -245,6 +242,6 @@ def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: S
         if len(cell.fired) != len(units):
             cell.fired, cell.looks = np.zeros(len(units), np.int64), 0
         cell.looks += 1
-        cell.fired[~(units <= least[column])] = cell.looks  # what is not a number is not dead
+        cell.fired[~(units <= 0)] = cell.looks  # what is not a number is not dead
         if cell.looks >= DEAD_FROM:
             dead[column] = float((cell.looks - cell.fired >= min(cell.looks, DEAD_WINDOW)).mean())

@@ -309,7 +309,7 @@ class ModuleHooks:
                 alike = source is not None and source.shape == tensor.shape and source.data_ptr() != tensor.data_ptr()
                 activation.given = self._sample(source.detach()) if source is not None and alike else None
             if cell.fires is not None:
-                activation.peaks = self.peaks(tensor.detach(), part.axis, cell.looks)
+                activation.peaks = self.peaks(tensor.detach(), part.axis, cell.looks, cell.fires)
             part.activations.append(activation)
         return part
 
@@ -347,16 +347,16 @@ class ModuleHooks:
             samples = self._samples[device] = Samples(device)
         return samples
 
-    def peaks(self, y: Tensor, axis: int, turn: int) -> list[Row]:
-        """Rows with the largest magnitude of each unit of an activation's output."""
+    def peaks(self, y: Tensor, axis: int, turn: int, fires: float) -> list[Row]:
+        """Rows that tell by how much each unit of an activation's output fired; 0 and less where it did not."""
         if y.dim() < 2 or y.is_complex() or y.numel() == 0:
             return []
         units = units_of(y, axis, turn)
         samples = self._samples_of(y)
         count = units.shape[1]
         if count <= WHOLE:
-            return [Row(samples, *samples.peaks(units), count)]
-        return [Row(samples, *samples.peaks(units[:, i : i + WHOLE]), min(WHOLE, count - i)) for i in range(0, count, WHOLE)]
+            return [Row(samples, *samples.peaks(units, fires), count)]
+        return [Row(samples, *samples.peaks(units[:, i : i + WHOLE], fires), min(WHOLE, count - i)) for i in range(0, count, WHOLE)]
 
     # -- the update ----------------------------------------------------------------------------------------------------------------
 

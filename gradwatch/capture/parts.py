@@ -95,7 +95,7 @@ class Activation:
         module: it, or a module that stands for the function.
         given: sample of its input; None where its output tells all, or the input is gone.
         out: sample of its output; None where it is not to be had.
-        peaks: rows of the largest magnitude of each unit.
+        peaks: rows that tell by how much each unit fired; 0 and less where it did not.
     """
 
     module: nn.Module

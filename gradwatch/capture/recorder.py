@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.capture import acting, private
+from gradwatch.capture import acting, private, saturation
 from gradwatch.capture.acting import Act, Deliberate
 from gradwatch.capture.description import InitialFacts, describe, in_scope, kind_of
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import walk
 from gradwatch.capture.layers import statistics
-from gradwatch.capture.modules import ModuleHooks
+from gradwatch.capture.modules import ModuleHooks, Taken
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable, dense, on_host, unwrap
@@ -89,6 +89,7 @@ class Recorder:
         self._root_of: list[int] = []
         self._late = self._unseen_told = False
         self._unseen = np.zeros(0, np.int64)
+        self._functions: dict[str, str] = {}
         self._notice = notice
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
@@ -637,6 +638,7 @@ class Recorder:
         taken, draft.taken = draft.taken, None
         if taken is None:
             return None
+        self._note_functions(taken)
         found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
         self.modules.release(taken)
         if taken.compiled and not self._unseen_told:
@@ -644,6 +646,18 @@ class Recorder:
             assert isinstance(calls, np.ndarray)
             self._tell_unseen(draft, calls, taken.calls.keys())
         return found
+
+    def _note_functions(self, taken: Taken) -> None:
+        """Which layers are followed by an activation that is a function, and how it is flat."""
+        names: list[str] | None = None
+        known = len(self._functions)
+        for part in taken.parts:
+            for activation in part.activations:
+                if activation.out is not part.out:
+                    names = names or list(self.table.modules)
+                    self._functions.setdefault(names[part.column], saturation.shape(activation.module))
+        if len(self._functions) != known:
+            self._describe()
 
     def _tell_unseen(self, draft: Draft, calls: NDArray[np.float64], hooked: Collection[int]) -> None:
         """Modules whose parameters backward passes reach though nobody ever saw them run: compiled before the hooks were there."""
@@ -724,5 +738,6 @@ class Recorder:
                 outside_in_model=self._walks.outside_in_model,
                 opaque=self._walks.opaque,
                 unreached=self._walks.unreached(),
+                functions=self._functions,
             )
         )

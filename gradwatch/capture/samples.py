@@ -104,15 +104,15 @@ class Samples:
         self._rows[number].view(-1)[:n].copy_(values)
         return number, n
 
-    def peaks(self, units: Tensor) -> tuple[int, int]:
-        """Write the largest magnitude of each of at most 1,024 units, `[N, U]`, into a free row."""
+    def peaks(self, units: Tensor, fires: float) -> tuple[int, int]:
+        """Write by how much each of at most 1,024 units, `[N, U]`, left `[-fires, 0]`, where it is silent, into a free row."""
         if not self._free:
             self._grow()
         number, n = self._free.pop(), units.shape[-1]
-        magnitudes = units.abs()
-        if magnitudes.dtype is not torch.float32:
-            magnitudes = magnitudes.float()
-        torch.amax(magnitudes, 0, out=self._rows[number].view(-1)[:n])
+        if units.dtype is not torch.float32:
+            units = units.float()
+        beyond = units.abs() if fires == 0.0 else (units + fires / 2).abs_().sub_(fires / 2)
+        torch.amax(beyond, 0, out=self._rows[number].view(-1)[:n])
         return number, n
 
     def give_back(self, numbers: Iterable[int]) -> None:

@@ -51,12 +51,13 @@ def lists_of(meta: Meta) -> Lists:
 
 
 def _collect(meta: Meta) -> Lists:
+    lists = {fact.name for fact in meta.layers if fact.kind == "list" or fact.type in ("ModuleList", "ModuleDict")}
     types = {fact.name: fact.type for fact in meta.layers}
     columns: dict[str, list[int]] = {}
     innermost, expert = [], []
     for i, fact in enumerate(meta.parameters):
         around = list(ancestors(fact.layer))
-        inside = [name for name, parent in pairwise(around) if types.get(parent) in ("ModuleList", "ModuleDict")]
+        inside = [name for name, parent in pairwise(around) if parent in lists]
         innermost.append(inside[0] if inside else "")
         for name in inside:
             columns.setdefault(name, []).append(i)

@@ -52,6 +52,8 @@ KINDS: list[tuple[nn.Module, str]] = [
     (nn.GELU(), "activation"),
     (nn.LogSoftmax(-1), "activation"),
     (GELUActivation(), "activation"),
+    (nn.ModuleList([nn.ReLU()]), "list"),
+    (type("Experts", (nn.ModuleDict,), {})(), "list"),
     (nn.Sequential(nn.ReLU()), "container"),
     (nn.TransformerEncoderLayer(2, 1), "container"),
     (nn.Flatten(), "other"),
