@@ -54,7 +54,7 @@ class _Table:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         size = len(rows)
-        owners, numbers, elements, numel = zip(*rows, strict=True)
+        owners, numbers, elements, numel, summed = zip(*rows, strict=True)
         self.count = np.array(elements, np.int64)
         self.numel = np.array(numel, np.float64)
         number = np.array(numbers, np.int64)
@@ -79,7 +79,7 @@ class _Table:
             self.squares[i] = np.square(self.values[i], dtype=np.float64).sum()
             self.nonfinite[i] = np.count_nonzero(~np.isfinite(self.values[i]))
         # One that lies between the chunks shows in the sum of the whole.
-        self.nonfinite += (self.numel > self.count) & ~whole & (self.nonfinite == 0)
+        self.nonfinite += np.array(summed) & ~whole & (self.nonfinite == 0)
 
 
 def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -> dict[str, NDArray[np.float64] | float]:

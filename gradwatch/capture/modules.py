@@ -259,7 +259,7 @@ class ModuleHooks:
         self.inside, self.entered = self.ready(), cell.module
         if self.inside and len(self._inputs[cell.root]) < CALLS and private.is_ordinary():
             for tensor in tensors_in(given)[:1]:
-                row = self._sample(tensor.detach())
+                row = self._sample(tensor.detach(), whole=True)
                 if row is not None:
                     self._inputs[cell.root].append(row)
 
@@ -294,7 +294,7 @@ class ModuleHooks:
         child = None if tensor is source else self._maker(tensor)
         if child is not None:  # what a container puts out is what its last module did
             return Part(cell.column, child.out, child.above, own=(False, False), axis=child.axis, node=child.node)
-        row = self._sample(tensor.detach())
+        row = self._sample(tensor.detach(), whole=True)
         if row is None:
             return None
         axis = -1 if cell.kind in _CHANNELS_LAST else before.axis if before is not None else 1 if tensor.dim() > 3 else -1
@@ -328,8 +328,13 @@ class ModuleHooks:
     def _sample_delta(self, grad: Tensor) -> Row | None:
         return self._sample(grad) if self._in_backward and private.is_ordinary() else None
 
-    def _sample(self, tensor: Tensor) -> Row | None:
-        """Copy the sample of a detached tensor into a row; None where it has none."""
+    def _sample(self, tensor: Tensor, whole: bool = False) -> Row | None:
+        """Copy the sample of a detached tensor into a row; None where it has none.
+
+        Args:
+            tensor: what is sampled.
+            whole: it is to be known whether all of it is finite. Of gradients the parameters' tell that.
+        """
         numel = tensor.numel()
         if numel == 0 or tensor.layout is not torch.strided or tensor.is_meta:
             return None
@@ -337,8 +342,9 @@ class ModuleHooks:
             tensor = as_real(tensor)
             numel *= 2
         samples = self._samples_of(tensor)
-        number, elements = samples.take(tensor)
-        return Row(samples, number, elements, numel)
+        whole = whole and numel > WHOLE
+        number, elements = samples.take(tensor, whole)
+        return Row(samples, number, elements, numel, whole)
 
     def _samples_of(self, tensor: Tensor) -> Samples:
         device = tensor.device

@@ -23,12 +23,16 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Row(NamedTuple):
-    """Where the sample of a tensor lies: which rows, the number of the row, elements in it, and elements of the tensor."""
+    """Where the sample of a tensor lies: which rows, the number of the row, elements in it, and elements of the tensor.
+
+    `summed`: the sum of the whole tensor stands behind it.
+    """
 
     samples: Samples
     number: int
     elements: int
     numel: int
+    summed: bool = False
 
 
 class Delta:

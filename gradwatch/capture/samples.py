@@ -67,7 +67,7 @@ def _is_dense(tensor: Tensor, n: int) -> bool:
 class Samples:
     """Rows of 1,024 floats on one device, handed out and taken back; on a device they are copied to the host at once.
 
-    Behind the elements of a row stands the sum of the whole tensor, which is finite if and only if all of it is (or overflows).
+    Behind the elements of a row may stand the sum of the whole tensor, which is finite only if all of it is.
 
     Args:
         device: where they live.
@@ -87,13 +87,16 @@ class Samples:
         """Bytes of the rows."""
         return sum(block.nbytes for block in self._blocks)
 
-    def take(self, tensor: Tensor) -> tuple[int, int]:
-        """Copy the sample of a real detached tensor into a free row: the number of the row, and of the elements in it."""
+    def take(self, tensor: Tensor, whole: bool) -> tuple[int, int]:
+        """Copy the sample of a real detached tensor into a free row, and if `whole` its sum.
+
+        Returns:
+            The number of the row, and of the elements in it.
+        """
         if not self._free:
             self._grow()
         number = self._free.pop()
-        n = tensor.numel()
-        if n > WHOLE:
+        if whole:
             # 3 us, and 50 us a million elements (measured).
             torch.sum(tensor, None, dtype=torch.float32, out=self._sums[number])
         values = sample(tensor)
@@ -152,7 +155,7 @@ class Samples:
 
         Returns:
             float32 `[N, 1024]`; beyond its elements a row holds what lay there before. And bool `[N]`, whether the sum of the whole is
-            finite, for tensors of more than 1,024 elements.
+            finite, where it was asked for.
         """
         if self._event is not None:
             self._event.synchronize()
