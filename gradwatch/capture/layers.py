@@ -94,7 +94,7 @@ def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -
     Returns:
         By name: float64 `[L]`, NaN where nothing was observed, or a scalar for the inputs.
     """
-    parts = taken.parts
+    parts = [part for part in taken.parts if part.column >= 0]
     found: dict[str, NDArray[np.float64] | float] = {name: np.full(layers, np.nan) for name in PER_LAYER}
     count = np.full(layers, np.nan)
     count[list(taken.calls)] = list(taken.calls.values())
@@ -196,10 +196,10 @@ def _alike(activation: Activation) -> object:
 
 
 def _take_inputs(found: _Found, table: _Table, at: list[int]) -> None:
-    n, total = float(table.count[at].sum()), float(table.values[at].sum(dtype=np.float64))
-    if n:
-        found["input_mean"] = total / n
-        found["input_std"] = float(np.sqrt(max(0.0, float(table.squares[at].sum()) / n - (total / n) ** 2)))
+    if at:
+        # Not from sums of squares: an input far from 0 would lose its deviation in them.
+        values = np.concatenate([table.values[i, : table.count[i]] for i in at]).astype(np.float64)
+        found["input_mean"], found["input_std"] = float(values.mean()), float(values.std())
         found["input_nonfinite"] = float(table.nonfinite[at].sum())
 
 

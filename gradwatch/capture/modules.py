@@ -46,8 +46,10 @@ class Cell(Ours):
         column: its column in the history; -1 where it is not in scope.
         root: number of the watched model that it belongs to.
         kind: what it is (`description.kind_of`).
+        changes: it works in place.
         calls: since the last record that took them.
         claimed: how many of those belong to the open record.
+        late: it came during the update at hand, which knows only some of its calls.
         looks: records in which its units were looked at.
         fired: int64 `[U]`, the last of them in which each unit fired.
         traced: what compiled code writes into; None where none could.
@@ -56,12 +58,14 @@ class Cell(Ours):
     __slots__ = (
         "_hooks",
         "calls",
+        "changes",
         "claimed",
         "column",
         "fired",
         "fires",
         "flat",
         "kind",
+        "late",
         "looks",
         "module",
         "needs_input",
@@ -75,7 +79,9 @@ class Cell(Ours):
         self.flat = saturation.shape(module) != ""
         self.needs_input = self.flat and saturation.needs_input(module)
         self.fires = saturation.fires(module)
+        self.changes = bool(getattr(module, "inplace", False))
         self.calls = self.claimed = self.looks = 0
+        self.late = False
         self.traced: Traced | None = None
         self.fired: NDArray[np.int64] = np.zeros(0, np.int64)
 
@@ -85,7 +91,10 @@ class Cell(Ours):
         if torch.compiler.is_dynamo_compiling():
             return
         hooks = self._hooks
-        if hooks is not None and hooks.listening and hooks.inside is None:
+        if hooks is None or not hooks.listening or not hooks.here():
+            return
+        # Inside a call that never returned, for it was broken off by an exception, nothing runs any more.
+        if hooks.inside is None or not hooks.is_running(self):
             hooks.guarded(hooks.entering, self, (*args, *kwargs.values()))
 
     @private.never_a_frame
@@ -99,11 +108,11 @@ class Cell(Ours):
                 self.traced.add(module, args, output)
             return
         hooks = self._hooks
-        if hooks is None or not hooks.listening:  # None: a copy, as made by `deepcopy(vars(module))`
+        if hooks is None or not hooks.listening or not hooks.here():  # None: a copy, as made by `deepcopy(vars(module))`
             return
         if self.column >= 0 and (hooks.ready() if hooks.inside is None else hooks.inside) and private.is_ordinary():
             hooks.guarded(hooks.called, self, args, output)
-        if hooks.entered is module:
+        if hooks.entered is self:
             hooks.leave()
 
 
@@ -132,22 +141,23 @@ class ModuleHooks:
         notice: told if the hooks failed and were taken out.
 
     Attributes:
+        here: as given.
         cells: one for each module in scope.
         listening: this update is looked at.
         compiled: there is compiled code in the process: the hooks stay in place, for it would not take them back.
         inside: a watched model is running and its modules are looked at; False: they are not (no gradient is recorded, or a
             checkpoint is recomputed); None: no watched model is running as a whole.
-        entered: the model that is running.
+        entered: the cell of the model that is running.
         spent: seconds spent in hooks.
     """
 
     def __init__(self, here: Callable[[], bool], notice: Callable[[str], None]) -> None:
-        self._here, self._notice = here, notice
+        self.here, self._notice = here, notice
         self.cells: list[Cell] = []
         self.listening = False
         self.compiled = False
         self.inside: bool | None = None
-        self.entered: nn.Module | None = None
+        self.entered: Cell | None = None
         self.spent = 0.0
         self._places: list[tuple[dict[int, Any], int, Any]] = []
         self._samples: dict[torch.device, Samples] = {}
@@ -155,6 +165,7 @@ class ModuleHooks:
         self._parts: list[list[Part]] = []
         self._claimed: list[int] = []
         self._inputs: list[list[Row]] = []
+        self._claimed_inputs: list[int] = []
         self._touched: list[nn.Module] = []
         self._functions, self._looks = LOOKS, 0
         self._in_backward = False
@@ -163,7 +174,7 @@ class ModuleHooks:
     # -- in and out ----------------------------------------------------------------------------------------------------------------
 
     def scan(self, modules: Iterable[tuple[nn.Module, int, int, str]], roots: Sequence[nn.Module], compiled: bool = False) -> None:
-        """Put hooks on modules, anew where some were there before.
+        """Put hooks on modules, anew where some were there before; what those saw is kept.
 
         Args:
             modules: (module, its column, number of its watched model, its kind) of each that is in scope.
@@ -171,15 +182,21 @@ class ModuleHooks:
             compiled: one of them is known to be compiled, by what wraps it.
         """
         devices = [next((p.device for p in model.parameters()), torch.device("cpu")) for model in roots]
-        known = {id(cell.module): cell for cell in self.cells}
-        self.remove()
-        self._parts, self._claimed, self._inputs = [[] for _ in roots], [0] * len(roots), [[] for _ in roots]
+        before, known = {cell.column: cell for cell in self.cells}, {id(cell.module): cell for cell in self.cells}
+        self._take_out()
+        if len(self._parts) != len(roots):
+            self._parts, self._inputs = [[] for _ in roots], [[] for _ in roots]
+            self._claimed, self._claimed_inputs = [0] * len(roots), [0] * len(roots)
         by_module: dict[int, Cell] = {}
         for module, column, root, kind in modules:
             cell = known.get(id(module)) or Cell(self, module, column, root, kind)
             cell.column, cell.root = column, root
+            cell.late = cell.late or (bool(known) and id(module) not in known and self.listening)
             by_module[id(module)] = cell
         self.cells = list(by_module.values())
+        for part in (part for parts in self._parts for part in parts):
+            # -1: its module is gone.
+            part.column = before[part.column].column if id(before[part.column].module) in by_module else -1
         for i, model in enumerate(roots):
             if id(model) not in by_module:
                 by_module[id(model)] = Cell(self, model, -1, i, "container")
@@ -220,15 +237,19 @@ class ModuleHooks:
 
     def remove(self) -> None:
         """Take all hooks out, and forget what they saw."""
+        self._take_out()
+        self.end_backward()
+        self.claim(range(len(self._parts)))
+        self.drop(range(len(self._parts)))
+        self.cells = []
+
+    def _take_out(self) -> None:
         self._in_place(True)  # what is noted of a hook elsewhere is found by it
         for module in self._touched:
             private.take_out_hooks(module, self._is_mine)
         copying.leave(self)
         self._touched, self._places = [], []
         self.leave()
-        self.end_backward(range(len(self._parts)))
-        self.drop(range(len(self._parts)))
-        self.cells = []
 
     def _is_mine(self, hook: Any) -> bool:
         cell = getattr(hook, "__self__", None) if type(hook) is MethodType else None
@@ -252,11 +273,17 @@ class ModuleHooks:
 
     def ready(self) -> bool:
         """Whether what runs now is the forward pass of a training: no evaluation, no recomputation of a checkpoint."""
-        return torch.is_grad_enabled() and not private.in_backward() and self._here()
+        return torch.is_grad_enabled() and not private.in_backward()
+
+    def is_running(self, entering: Cell) -> bool:
+        """Whether the watched model that was entered is still running, when another one, or the same again, is entered in it."""
+        return self.entered is not None and private.running_calls(self.entered.module) > (self.entered is entering)
 
     def entering(self, cell: Cell, given: tuple[Any, ...]) -> None:
         """A watched model is called with `given`."""
-        self.inside, self.entered = self.ready(), cell.module
+        if self.entered is not None:
+            self._forget((self.entered.root,))
+        self.inside, self.entered = self.ready(), cell
         if self.inside and len(self._inputs[cell.root]) < CALLS and private.is_ordinary():
             for tensor in tensors_in(given)[:1]:
                 row = self._sample(tensor.detach(), whole=True)
@@ -276,8 +303,9 @@ class ModuleHooks:
         given = tensors_in(args[0])[:1] if args else []
         source = given[0] if given else None
         outputs = tensors_in(output)
+        in_place = any(tensor is source for tensor in outputs)
         # An activation in place has changed its input once.
-        before = None if source is None else self._maker(source, changes=int(any(tensor is source for tensor in outputs)))
+        before = None if source is None else self._maker(source, changes=int(in_place and cell.changes))
         for i, tensor in enumerate(outputs):
             part = self._part(cell, tensor, source, before)
             if part is None:
@@ -285,7 +313,7 @@ class ModuleHooks:
             if i == 0 and source is not None and part.above is not None:
                 if before is not None and before.above is not None:
                     part.below = before.above
-                elif source.grad_fn is not None:
+                elif source.grad_fn is not None and not in_place:  # else what it was given is not there any more
                     part.below, part.own = self._delta(source), (part.own[0], True)
             self._parts[cell.root].append(part)
             self._made[id(tensor)] = (weakref.ref(tensor), private.version_or_zero(tensor), part)
@@ -380,26 +408,34 @@ class ModuleHooks:
             found = find_functions(roots, parts, self._sample, self.peaks, self._looks)
             self._functions = self._functions - 1 if not found else LOOKS
 
-    def end_backward(self, roots: Iterable[int]) -> None:
-        """It has returned, or failed; `roots`: the watched models that it reached. What they did belongs to the open record."""
+    def end_backward(self) -> None:
+        """It has returned, or failed."""
         self._in_backward = False
         self.inside = self.entered = None  # a recomputation that was broken off
+
+    def claim(self, roots: Iterable[int]) -> None:
+        """What these models did belongs to the open record: a backward has reached them, or does, if an optimizer steps in it."""
         roots = set(roots)
         for root in roots:
             self._claimed[root] = len(self._parts[root])
+            self._claimed_inputs[root] = len(self._inputs[root])
         for cell in self.cells:
             if cell.root in roots:
                 cell.claimed = cell.calls
 
     def forget(self) -> None:
-        """The backward that has returned counts for nothing, and so do the forward passes before it."""
-        self.end_backward(())
-        for root, parts in enumerate(self._parts):
-            claimed = self._claimed[root]
-            self.release(Taken(parts[claimed:]))
-            del parts[claimed:]
+        """The backward that has returned, or failed, counts for nothing, and so do the forward passes before it."""
+        self.end_backward()
+        self._forget(range(len(self._parts)))
+
+    def _forget(self, roots: Iterable[int]) -> None:
+        for root in roots:
+            claimed, inputs = self._claimed[root], self._claimed_inputs[root]
+            self.release(Taken(self._parts[root][claimed:], self._inputs[root][inputs:]))
+            del self._parts[root][claimed:], self._inputs[root][inputs:]
         for cell in self.cells:
-            cell.calls = cell.claimed
+            if cell.root in roots:
+                cell.calls = cell.claimed
 
     def take(self, roots: Iterable[int], observe: bool = True) -> Taken:
         """What belongs to the record that closes, of these models; give it back by `release`.
@@ -415,12 +451,14 @@ class ModuleHooks:
             taken.parts += self._parts[root][:claimed]
             del self._parts[root][:claimed]
             self._claimed[root] = 0
-            taken.inputs += self._inputs[root]
-            self._inputs[root] = []
+            inputs, self._claimed_inputs[root] = self._claimed_inputs[root], 0
+            taken.inputs += self._inputs[root][:inputs]
+            del self._inputs[root][:inputs]
         for cell in self.cells:
             if cell.root in roots:
-                taken.calls[cell.column] = cell.claimed
-                cell.calls, cell.claimed = cell.calls - cell.claimed, 0
+                if not cell.late:
+                    taken.calls[cell.column] = cell.claimed
+                cell.calls, cell.claimed, cell.late = cell.calls - cell.claimed, 0, False
         self.compiled = self.compiled or private.has_compiled()
         if self.compiled:
             mine = [cell for cell in self.cells if cell.root in roots and cell.traced is not None]

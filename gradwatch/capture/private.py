@@ -106,6 +106,58 @@ def is_ordinary() -> bool:
         return True
 
 
+def graph_may_write() -> bool:
+    """Asked while dynamo traces: whether the code being traced may change a tensor of ours in place.
+
+    Not under a `torch.func` transform and not in the body of a higher-order operator (`torch.cond`): there the user's call would raise.
+    Not in a graph that is exported: it would carry the tensor away. A checkpoint's body may. Without a private name: no.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        output = InstructionTranslator.current_tx().output
+        tracer: Any = output.current_tracer
+        while tracer.parent is not None:
+            if getattr(tracer.source_target, "__name__", "") not in _CHECKPOINTS:
+                return False
+            tracer = tracer.parent
+        return not output.export
+    except (ImportError, AttributeError):
+        return False
+
+
+# Dynamo does not trace it but calls it, and takes its answer for a constant: `torch.compiler.assume_constant_result` without its import.
+graph_may_write._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+
+
+def statically_known(condition: Any) -> bool:
+    """Asked while dynamo traces: whether a comparison of sizes is true, without a guard where they are symbols: unknown is False.
+
+    Without the private name a guard is what it costs: one more graph when the answer changes.
+    """
+    if not _knows_symbols():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def _knows_symbols() -> bool:
+    """Whether dynamo traces `statically_known_true`."""
+    try:
+        rules: Any = sys.modules["torch._dynamo.trace_rules"]
+        return "torch.fx.experimental.symbolic_shapes.statically_known_true" in rules.manual_torch_name_rule_map
+    except (KeyError, AttributeError):
+        return False
+
+
+_knows_symbols._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether what autograd saves now is packed by somebody's hooks (a checkpoint): reading it would start a recomputation.
 
@@ -195,6 +247,20 @@ def never_a_frame(function: Callable[..., T]) -> Callable[..., T]:
         if skip_code is not None:
             skip_code(code)
     return function
+
+
+def running_calls(module: torch.nn.Module, limit: int = 400) -> int:
+    """How often a module is being called on this thread's Python stack, up to `limit` frames deep.
+
+    Without the private name: never, so that a model that is called inside itself is taken for one whose call was broken off.
+    """
+    code = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    walk: Any = sys._getframe(1)
+    count = 0
+    while walk is not None and limit:
+        count += walk.f_code is code and walk.f_locals.get("self") is module
+        walk, limit = walk.f_back, limit - 1
+    return count
 
 
 def running_steps(limit: int = 400) -> int:

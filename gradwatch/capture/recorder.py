@@ -141,6 +141,7 @@ class Recorder:
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
+        self.modules.end_backward()
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
             self.scale.forget()
         record = self.clock.open
@@ -168,7 +169,7 @@ class Recorder:
         """The outermost backward raised."""
         self.clock.backward_failed()
         self.gradients.fail()
-        self.modules.end_backward(())
+        self.modules.forget()
         self._dirty = self._draft is not None
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
@@ -388,7 +389,7 @@ class Recorder:
         """What the models of these slots did in their forward passes belongs to the open record."""
         if self.modules.listening:
             every = reached is self.gradients.everything
-            self.modules.end_backward(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
+            self.modules.claim(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
 
     def _is_due(self, count: int) -> bool:
         """Whether full statistics are taken of a record when `count` of its kind went before."""
@@ -550,9 +551,12 @@ class Recorder:
         self._dirty = False
         if record is None or draft is None:
             return
+        looked = self.modules.listening or self.modules.compiled
         if not outcome.is_record and draft.remote_loss:
             for slab in self._reader.slabs.values():
                 slab.clear()
+        if not outcome.is_record and looked:
+            self.modules.drop({self._root_of[slot] for slot in record.reached})
         if outcome is Outcome.UNFINISHED:
             self.unfinished += 1
             self._update_pending(record)
@@ -571,7 +575,7 @@ class Recorder:
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
-            if self.modules.listening or self.modules.compiled:
+            if looked:
                 if draft.full:
                     draft.taken = self.modules.take(self._roots_of(record, draft))
                 self.modules.drop({self._root_of[slot] for slot in record.reached})
