@@ -26,7 +26,7 @@ from gradwatch.capture.functional import find_functions
 from gradwatch.capture.parameters import as_real
 from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in, units_of
 from gradwatch.capture.samples import WHOLE, Samples
-from gradwatch.capture.traced import Traced, clear, read
+from gradwatch.capture.traced import Totals, Traced
 
 CALLS = 8
 """Calls of one module that are sampled in one record, the first ones; all are counted. It bounds what an update of many micro-batches
@@ -110,8 +110,11 @@ class Cell(Ours):
         hooks = self._hooks
         if hooks is None or not hooks.listening or not hooks.here():  # None: a copy, as made by `deepcopy(vars(module))`
             return
-        if self.column >= 0 and (hooks.ready() if hooks.inside is None else hooks.inside) and private.is_ordinary():
-            hooks.guarded(hooks.called, self, args, output)
+        if self.column >= 0 and (hooks.ready() if hooks.inside is None else hooks.inside):
+            if private.is_ordinary():
+                hooks.guarded(hooks.called, self, args, output)
+            elif private.is_observed():
+                self.calls += 1
         if hooks.entered is self:
             hooks.leave()
 
@@ -161,6 +164,7 @@ class ModuleHooks:
         self.spent = 0.0
         self._places: list[tuple[dict[int, Any], int, Any]] = []
         self._samples: dict[torch.device, Samples] = {}
+        self._totals = Totals()
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Part]] = {}
         self._parts: list[list[Part]] = []
         self._claimed: list[int] = []
@@ -213,8 +217,10 @@ class ModuleHooks:
             places.append((private.forward_pre_hooks(model), handle.id, enter))
         self._places = places
         for cell in self.cells:
-            if cell.traced is None and cell.column >= 0:
-                cell.traced = Traced(cell.module, devices[cell.root])
+            device = next((p.device for p in cell.module.parameters(recurse=False)), devices[cell.root])
+            if (cell.traced is None or cell.traced.totals.device != device) and device.type != "meta":
+                cell.traced = Traced(cell.module, device)
+        self._totals = Totals([(cell.column, cell.root, cell.traced) for cell in self.cells if cell.traced is not None])
         self.compiled = self.compiled or compiled or private.has_compiled() or any(map(private.is_compiled, self._touched))
         self._in_place(self.listening or self.compiled)
 
@@ -223,10 +229,10 @@ class ModuleHooks:
         if on is not self.listening and not self._failed:
             self.listening = on
             # Compiled code keeps the hooks that it was compiled with, and ignores those that are put in again (measured).
-            if not self.compiled:
-                self.compiled = private.has_compiled()
-            if on or not self.compiled:
+            if not self._is_compiled() or on:
                 self._in_place(on)
+            if on:  # what ran since the last look, in compiled code or behind its backward, belongs to no record
+                self._forget(range(len(self._parts)))
 
     def _in_place(self, on: bool) -> None:
         for place, number, hook in self._places:
@@ -297,12 +303,14 @@ class ModuleHooks:
 
     def called(self, cell: Cell, args: tuple[Any, ...], output: Any) -> None:
         """A module has returned `output`."""
+        outputs = tensors_in(output)
+        if outputs and outputs[0].is_meta:
+            return
         cell.calls += 1
         if cell.calls > CALLS:
             return
         given = tensors_in(args[0])[:1] if args else []
         source = given[0] if given else None
-        outputs = tensors_in(output)
         in_place = any(tensor is source for tensor in outputs)
         # An activation in place has changed its input once.
         before = None if source is None else self._maker(source, changes=int(in_place and cell.changes))
@@ -398,6 +406,8 @@ class ModuleHooks:
         """The outermost backward of the watched training starts, of `roots`."""
         self.leave()
         self._in_backward = self.listening
+        if self.listening and self._is_compiled():
+            self._totals.begin()
         if self.listening and self._functions:
             self.guarded(self._find_functions, roots)
 
@@ -412,6 +422,7 @@ class ModuleHooks:
         """It has returned, or failed."""
         self._in_backward = False
         self.inside = self.entered = None  # a recomputation that was broken off
+        self._totals.end()
 
     def claim(self, roots: Iterable[int]) -> None:
         """What these models did belongs to the open record: a backward has reached them, or does, if an optimizer steps in it."""
@@ -422,6 +433,8 @@ class ModuleHooks:
         for cell in self.cells:
             if cell.root in roots:
                 cell.claimed = cell.calls
+        if self._is_compiled():
+            self._totals.claim(roots)
 
     def forget(self) -> None:
         """The backward that has returned, or failed, counts for nothing, and so do the forward passes before it."""
@@ -436,6 +449,8 @@ class ModuleHooks:
         for cell in self.cells:
             if cell.root in roots:
                 cell.calls = cell.claimed
+        if self.compiled:
+            self._totals.clear(roots)
 
     def take(self, roots: Iterable[int], observe: bool = True) -> Taken:
         """What belongs to the record that closes, of these models; give it back by `release`.
@@ -459,14 +474,13 @@ class ModuleHooks:
                 if not cell.late:
                     taken.calls[cell.column] = cell.claimed
                 cell.calls, cell.claimed, cell.late = cell.calls - cell.claimed, 0, False
-        self.compiled = self.compiled or private.has_compiled()
-        if self.compiled:
-            mine = [cell for cell in self.cells if cell.root in roots and cell.traced is not None]
-            traced = [cell.traced for cell in mine if cell.traced is not None]
-            if observe:
-                taken.compiled = dict(zip((cell.column for cell in mine), read(traced), strict=True))
-            clear(traced)
+        if self._is_compiled():
+            taken.compiled = self._totals.take(roots, observe)
         return taken
+
+    def _is_compiled(self) -> bool:
+        self.compiled = self.compiled or private.has_compiled()
+        return self.compiled
 
     def send(self) -> None:
         """Start the copy of what lies on devices."""

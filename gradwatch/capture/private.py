@@ -92,7 +92,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def is_ordinary() -> bool:
-    """Whether tensors are what they seem: no `torch.func` transform, no dispatch mode (FakeTensor, export), no `jit.trace`. 0.3 us.
+    """Whether tensors are what they seem and nobody watches operators: no `torch.func` transform, no dispatch mode, no tracing. 0.3 us.
 
     Without a private name: yes, as far as is known.
     """
@@ -101,9 +101,31 @@ def is_ordinary() -> bool:
             torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._len_torch_dispatch_stack() == 0
             and torch._C._get_tracing_state() is None
+            and not _fx._is_fx_tracing_flag
         )
     except AttributeError:
         return True
+
+
+_fx: Any = sys.modules.get("torch.fx._symbolic_trace")
+
+
+def is_observed() -> bool:
+    """Whether tensors are what they seem, but a dispatch mode watches operators (selective checkpointing, a counter of flops).
+
+    Then operators of ours would be among them. FakeTensor, `make_fx` and export run under modes of their own kinds. Without a private
+    name: no.
+    """
+    try:
+        kinds = torch._C._TorchDispatchModeKey
+        return (
+            torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and not _fx._is_fx_tracing_flag
+            and all(torch._C._get_dispatch_mode(kind) is None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
+        )
+    except AttributeError:
+        return False
 
 
 def graph_may_write() -> bool:
