@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import MethodType
@@ -441,7 +441,7 @@ class ModuleHooks:
         self.end_backward()
         self._forget(range(len(self._parts)))
 
-    def _forget(self, roots: Iterable[int]) -> None:
+    def _forget(self, roots: Collection[int]) -> None:
         for root in roots:
             claimed, inputs = self._claimed[root], self._claimed_inputs[root]
             self.release(Taken(self._parts[root][claimed:], self._inputs[root][inputs:]))

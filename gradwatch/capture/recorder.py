@@ -664,7 +664,7 @@ class Recorder:
             self._describe()
 
     def _tell_unseen(self, draft: Draft, calls: NDArray[np.float64], hooked: Collection[int]) -> None:
-        """Modules whose parameters backward passes reach though nobody ever saw them run: compiled before the hooks were there."""
+        """Modules whose parameters backward passes reach though nobody ever saw them run: compiled without the hooks."""
         if len(self._unseen) != len(calls):
             self._unseen = np.zeros(len(calls), np.int64)
         names = list(self.table.modules)
@@ -680,9 +680,10 @@ class Recorder:
         if unseen:
             self._unseen_told = True
             self._notice(
-                f"{len(unseen)} modules ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}) run in code that was compiled before "
-                "the watch was attached, which does not know its hooks: their activations are not seen, their gradients are. Attach the "
-                "watch before the first call of the compiled model, or call torch.compiler.reset() after attaching."
+                f"{len(unseen)} modules ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}) run in compiled code that does not "
+                "know the hooks of the watch: their activations are not seen, their gradients are. Code that was compiled before the watch "
+                "was attached, or while it looked away, learns of them by torch.compiler.reset(); or attach the watch before the first call. "
+                "Inside torch.func transforms and operators such as torch.cond they cannot be seen."
             )
 
     # -- facts ---------------------------------------------------------------------------------------------------------------------

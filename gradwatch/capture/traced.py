@@ -55,7 +55,7 @@ class Traced:
             sample = _sample(tensor.detach()) if tensor.device == totals.device else None
             if sample is None:
                 continue
-            bad = sample.count(~torch.isfinite(sample.values))
+            bad = sample.how_many(~torch.isfinite(sample.values))
             flat = self._flat(module, args, tensor, sample) if i == 0 else None
             sums = [torch.full_like(bad, float(not seen)), sample.elements, sample.values.square().sum(), bad]
             totals[:LARGEST].add_(torch.stack([*sums, torch.full_like(bad, -1.0) if flat is None else flat]))
@@ -77,7 +77,7 @@ class Traced:
                 return None
             x = before.values
         slope = self._derivative(module, x, sample.values)
-        return None if slope is None else sample.count(slope < saturation.FLAT)
+        return None if slope is None else sample.how_many(slope < saturation.FLAT)
 
 
 class Sample(NamedTuple):
@@ -93,7 +93,7 @@ class Sample(NamedTuple):
     elements: Tensor
     inside: Tensor | None
 
-    def count(self, mask: Tensor) -> Tensor:
+    def how_many(self, mask: Tensor) -> Tensor:
         """In how many elements `mask` is True, a float32 scalar."""
         return (mask if self.inside is None else mask & self.inside).sum().float()
 
