@@ -48,9 +48,11 @@ def find_functions(
         node = todo.pop()
         followers = [below for below, _ in node.next_functions if below is not None]
         function = saturation.of_node(node)
-        if function is not None and private.sequence_number(node) not in by_node and followers:
-            part = _behind(followers[0], by_node)
-            if part is not None and part.readable:
+        if function is not None and followers:
+            own = by_node.get(private.sequence_number(node))
+            # A module that computes nothing else is seen as what it is; a container may end in a function.
+            part = own if own is not None and own.leaf else _behind(followers[0], by_node)
+            if part is not None and part.readable and not (part is own and own.activations):
                 found += _take(part, node, *function, sample, peaks, turn)
         for below in followers:
             if below not in seen:

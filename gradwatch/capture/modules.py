@@ -334,7 +334,7 @@ class ModuleHooks:
         if row is None:
             return None
         axis = -1 if cell.kind in _CHANNELS_LAST else before.axis if before is not None else 1 if tensor.dim() > 3 else -1
-        part = Part(cell.column, row, axis=1 if cell.kind == "convolution" else axis)
+        part = Part(cell.column, row, axis=1 if cell.kind == "convolution" else axis, leaf=cell.kind != "container")
         if tensor.grad_fn is not None:
             part.above = self._delta(tensor)
             part.node = private.sequence_number(tensor.grad_fn)

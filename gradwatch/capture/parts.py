@@ -120,6 +120,7 @@ class Part:
         own: the rows of `out` and `above`, and of `below`, are its own and not another part's.
         axis: of its units: 1 where channels come first, else the last, -1.
         node: sequence number of the autograd node that made the tensor; -1: none.
+        leaf: its module is no container.
         readable: what the graph saved behind it may be read: nobody's hooks pack it.
         activations: the module, if it is one, or the functions that follow it.
     """
@@ -131,6 +132,7 @@ class Part:
     own: tuple[bool, bool] = (True, False)
     axis: int = -1
     node: int = -1
+    leaf: bool = True
     readable: bool = True
     activations: list[Activation] = field(default_factory=list)
 
