@@ -207,6 +207,7 @@ class ModuleHooks:
         # Noted before it is done: whatever breaks off in between, `remove` knows where to look.
         self._touched = [cell.module for cell in by_module.values()]
         copying.enter(self, (type(module) for module in self._touched))
+        private.leave_alone({type(module) for module in self._touched}, on=True)
         places: list[tuple[dict[int, Any], int, Any]] = []
         for cell in by_module.values():
             handle = cell.module.register_forward_hook(cell.forward)
@@ -254,6 +255,7 @@ class ModuleHooks:
         for module in self._touched:
             private.take_out_hooks(module, self._is_mine)
         copying.leave(self)
+        private.leave_alone({type(module) for module in self._touched}, on=False)
         self._touched, self._places = [], []
         self.leave()
 

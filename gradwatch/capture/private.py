@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -269,6 +270,29 @@ def never_a_frame(function: Callable[..., T]) -> Callable[..., T]:
         if skip_code is not None:
             skip_code(code)
     return function
+
+
+def leave_alone(classes: Iterable[type[torch.nn.Module]], on: bool) -> None:
+    """Have dynamo not compile the `forward` of torch's own modules by itself for the sake of our hooks; `on=False` takes that back.
+
+    Where one of them is called outside a graph it runs eagerly, but from torch 2.13 on (measured) only if it has no hook: else its
+    `forward` becomes a graph of its own, whose gradients are not bit-identical. What is inlined into a graph is no different.
+    """
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    codes = {getattr(cls.forward, "__code__", None) for cls in classes if cls.__module__.startswith(("torch.nn.", "torch.ao."))}
+    for code in codes - {None}:
+        before = _left_alone[code]
+        _left_alone[code] += 1 if on else -1
+        if before and _left_alone[code]:
+            continue
+        try:
+            action = frames._FrameAction.SKIP if on else frames._FrameAction.DEFAULT
+            frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action, frames._FrameAction.DEFAULT))
+        except (AttributeError, TypeError):
+            return
+
+
+_left_alone: Counter[Any] = Counter()
 
 
 def running_calls(module: torch.nn.Module, limit: int = 400) -> int:
