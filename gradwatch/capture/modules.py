@@ -410,6 +410,10 @@ class ModuleHooks:
         self._in_backward = self.listening
         if self.listening and self._is_compiled():
             self._totals.begin()
+        if self.listening and private.compiles_autograd():  # hooks would break its graph, and make it another one at each look
+            for part in (part for parts in self._parts for part in parts):
+                for delta in part.deltas():
+                    delta.withdraw()
         if self.listening and self._functions:
             self.guarded(self._find_functions, roots)
 

@@ -48,11 +48,12 @@ class Delta:
         spent: seconds.
     """
 
-    __slots__ = ("_fail", "_passed", "_take", "live", "rows", "spent")
+    __slots__ = ("_fail", "_handles", "_passed", "_take", "live", "rows", "spent")
 
     def __init__(self, take: Callable[[Tensor], Row | None], fail: Callable[[str], None]) -> None:
         self._take, self._fail = take, fail
         self._passed = False
+        self._handles: list[Any] = []
         self.rows: list[Row] = []
         self.live = True
         self.spent = 0.0
@@ -62,10 +63,15 @@ class Delta:
 
         A view that is later changed in place loses its hook silently: then what it is a view of still has its own.
         """
-        tensor.register_hook(self._passes)  # type: ignore[no-untyped-call]
+        self._handles.append(tensor.register_hook(self._passes))  # type: ignore[no-untyped-call]
         base = private.base(tensor)
         if base is not None and base.grad_fn is not None and base.numel() == tensor.numel():
-            base.register_hook(self._passes_base)  # type: ignore[no-untyped-call]
+            self._handles.append(base.register_hook(self._passes_base))  # type: ignore[no-untyped-call]
+
+    def withdraw(self) -> None:
+        """Ask no more."""
+        for handle in self._handles:
+            handle.remove()
 
     def _passes(self, grad: Tensor) -> None:
         self._passed = True

@@ -92,6 +92,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def compiles_autograd() -> bool:
+    """Whether a backward that began now would be compiled (compiled autograd)."""
+    return bool(getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False))
+
+
 def is_ordinary() -> bool:
     """Whether tensors are what they seem and nobody watches operators: no `torch.func` transform, no dispatch mode, no tracing. 0.3 us.
 
