@@ -44,6 +44,21 @@ def test_training_is_bit_identical_under_the_watch(name: str, sampling: Sampling
     assert np.isfinite(watch.history.stat("total_norm")).all()
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn_in_place", "gan", "transformer_encoder", "checkpointing", "bf16_autocast", "lstm"])
+def test_training_is_bit_identical_beyond_the_updates_that_are_all_looked_at(name: str) -> None:
+    updates = Sampling().dense + 12
+    bare = NETWORKS[name]()
+    bare.run(updates)
+    expected = fingerprint(bare)
+    training = NETWORKS[name]()
+    with GradWatch(training.model, console=False) as watch:
+        training.run(updates)
+    assert_same_bits(expected, training)
+    looked_at = np.isfinite(watch.history.stat("activation_rms")).any(axis=1).tolist()
+    assert all(looked_at[: Sampling().dense])
+    assert 0 < sum(looked_at[-24:]) < 24
+
+
 @pytest.mark.parametrize("name", ["mlp", "gan", "embedding_sparse", "bf16_autocast"])
 def test_training_is_bit_identical_with_raise_asked_and_everything_finite(name: str) -> None:
     expected = bare_bits(name)

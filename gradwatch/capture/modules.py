@@ -504,7 +504,7 @@ class ModuleHooks:
                 row.samples.give_back((row.number,))
             for delta in part.deltas():
                 self.spent += delta.spent
-                delta.live, delta.rows = False, []
+                delta.end()
         for row in taken.inputs:
             row.samples.give_back((row.number,))
 

@@ -35,6 +35,10 @@ class Row(NamedTuple):
     summed: bool = False
 
 
+def _nothing(_: object) -> None:
+    """Of what is over."""
+
+
 class Delta:
     """The gradient with respect to one tensor, sampled as it passes in `backward()`.
 
@@ -72,6 +76,11 @@ class Delta:
         """Ask no more."""
         for handle in self._handles:
             handle.remove()
+
+    def end(self) -> None:
+        """Its record has closed: it holds nothing, though the user may hold the graph, and so it."""
+        self._take = self._fail = _nothing
+        self.live, self.rows = False, []
 
     def _passes(self, grad: Tensor) -> None:
         self._passed = True
