@@ -35,6 +35,8 @@ holds: 8 KB a call."""
 LOOKS = 4
 """Graphs in a row without an activation that is a function, after which no more are walked: GANs and their like have two or three."""
 
+_HIDING = (nn.Linear, nn.Bilinear, nn.LSTM, nn.GRU, nn.RNN)
+
 _CHANNELS_LAST = ("linear", "embedding", "attention", "recurrent")
 
 
@@ -47,6 +49,7 @@ class Cell(Ours):
         root: number of the watched model that it belongs to.
         kind: what it is (`description.kind_of`).
         changes: it works in place.
+        hides: where its output is a view, then of a tensor that nobody else sees.
         calls: since the last record that took them.
         claimed: how many of those belong to the open record.
         late: it came during the update at hand, which knows only some of its calls.
@@ -64,6 +67,7 @@ class Cell(Ours):
         "fired",
         "fires",
         "flat",
+        "hides",
         "kind",
         "late",
         "looks",
@@ -80,6 +84,7 @@ class Cell(Ours):
         self.needs_input = self.flat and saturation.needs_input(module)
         self.fires = saturation.fires(module)
         self.changes = bool(getattr(module, "inplace", False))
+        self.hides = type(module) in _HIDING
         self.calls = self.claimed = self.looks = 0
         self.late = False
         self.traced: Traced | None = None
@@ -338,7 +343,7 @@ class ModuleHooks:
         axis = -1 if cell.kind in _CHANNELS_LAST else before.axis if before is not None else 1 if tensor.dim() > 3 else -1
         part = Part(cell.column, row, axis=1 if cell.kind == "convolution" else axis, leaf=cell.kind != "container")
         if tensor.grad_fn is not None:
-            part.above = self._delta(tensor)
+            part.above = self._delta(tensor, cell.hides)
             part.node = private.sequence_number(tensor.grad_fn)
             part.readable = not private.saved_tensors_are_hooked()
         if cell.flat:
@@ -358,9 +363,9 @@ class ModuleHooks:
             return None
         return made[2]
 
-    def _delta(self, tensor: Tensor) -> Delta:
+    def _delta(self, tensor: Tensor, hides: bool = False) -> Delta:
         delta = Delta(self._sample_delta, self._fail)
-        delta.ask(tensor)
+        delta.ask(tensor, hides)
         return delta
 
     def _sample_delta(self, grad: Tensor) -> Row | None:

@@ -62,15 +62,24 @@ class Delta:
         self.live = True
         self.spent = 0.0
 
-    def ask(self, tensor: Tensor) -> None:
+    def ask(self, tensor: Tensor, hides: bool = False) -> None:
         """Have the gradient of a tensor that is no leaf sampled.
 
-        A view that is later changed in place loses its hook silently: then what it is a view of still has its own.
+        A view that is later changed in place loses its hook silently, and with it what came of it from then on: then what it is a view
+        of still has its own.
+
+        Args:
+            tensor: the tensor.
+            hides: nobody else uses what it is a view of, whose gradient is then that of all uses, before a change and after it.
         """
-        self._handles.append(tensor.register_hook(self._passes))  # type: ignore[no-untyped-call]
         base = private.base(tensor)
-        if base is not None and base.grad_fn is not None and base.numel() == tensor.numel():
-            self._handles.append(base.register_hook(self._passes_base))  # type: ignore[no-untyped-call]
+        if base is None or base.grad_fn is None or base.numel() != tensor.numel():
+            hooks: tuple[tuple[Tensor, Callable[[Tensor], None]], ...] = ((tensor, self._look),)
+        elif hides:
+            hooks = ((base, self._look),)
+        else:
+            hooks = ((tensor, self._passes), (base, self._passes_base))
+        self._handles = [each.register_hook(hook) for each, hook in hooks]  # type: ignore[no-untyped-call]
 
     def withdraw(self) -> None:
         """Ask no more."""

@@ -39,14 +39,16 @@ def sample(tensor: Tensor) -> Tensor:
     """A view of the fixed sample of a real, strided, detached tensor: `[n]` up to 1,024 elements, else `[16, 64]`.
 
     In storage order where the tensor lies in memory without gaps. Of one that does not (a slice, an expanded tensor) the middle of
-    its leading dimensions is taken, which may be copied.
+    its leading dimensions is taken, at most 4,096 elements, which may be copied.
     """
     n = tensor.numel()
     if not tensor.is_contiguous() and not _is_dense(tensor, n):
         while tensor.numel() > 4 * WHOLE and tensor.dim() > 1:
             tensor = tensor.select(0, tensor.shape[0] // 2)
-        tensor = tensor.contiguous()
         n = tensor.numel()
+        if n > 4 * WHOLE:
+            tensor, n = tensor.narrow(0, (n - 4 * WHOLE) // 2, 4 * WHOLE), 4 * WHOLE
+        tensor = tensor.contiguous()
     if n <= WHOLE:
         return tensor.as_strided((n,), (1,), tensor.storage_offset())
     return tensor.as_strided((CHUNKS, CHUNK), (step_of(n), 1), tensor.storage_offset())

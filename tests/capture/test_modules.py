@@ -231,6 +231,26 @@ def test_an_output_that_is_changed_in_place(change: Callable[[Tensor], object], 
     )
 
 
+class UsedAndChanged(nn.Module):
+    """An output that is used, and then changed in place and used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 40)
+        self.last = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        k = h * 2
+        h.add_(1)
+        return self.last(h + k)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (5, 30, 12)], ids=["2d", "3d"])
+def test_an_output_that_is_used_before_it_is_changed_in_place(shape: tuple[int, ...]) -> None:
+    compare(UsedAndChanged, steps(lambda model, i: squares(model(rand(*shape)))))
+
+
 class Chunks(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
