@@ -1,4 +1,4 @@
-"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth rules ...]`.
+"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth compiled rules ...]`.
 
 One process, one thread, CPU time (`time.process_time`): wall time on shared cores scatters by 20 % for a watch that does
 nothing. Every contender trains a copy of the network on the same batch. They take turns update by update, in a new order
@@ -64,6 +64,7 @@ class Contender:
         before_step: what this user does between `backward` and `step`.
         anomaly: under `set_detect_anomaly(True)`.
         watch: options of the watch, or None for none.
+        compiled: by inductor.
     """
 
     name: str
@@ -71,11 +72,13 @@ class Contender:
     before_step: Callable[[list[nn.Parameter]], object] | None = None
     anomaly: bool = False
     watch: dict[str, Any] | None = None
+    compiled: bool = False
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.model = self.workload.build()
+        self.forward = torch.compile(self.model) if self.compiled else self.model
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         self.x, self.y = self.workload.batch()
@@ -84,7 +87,7 @@ class Contender:
     def update(self) -> None:
         with torch.autograd.set_detect_anomaly(self.anomaly):
             self.optimizer.zero_grad()
-            self.workload.loss(self.model(self.x), self.y).backward()
+            self.workload.loss(self.forward(self.x), self.y).backward()
             if self.before_step is not None:
                 self.before_step(self.parameters)
             self.optimizer.step()
@@ -192,10 +195,10 @@ class Row:
     costs: dict[str, Cost]
 
 
-def measure(workload: Workload, blocks: int, alternatives: bool = True) -> Row:
+def measure(workload: Workload, blocks: int, alternatives: bool = True, compiled: bool = False) -> Row:
     """In sessions of few: the watch against the bare loop, clipping against the bare loop that clips, and the alternatives."""
-    bare, watched = Contender("bare", workload), Contender("watched", workload, watch={})
-    contenders = [bare, Contender("bare again", workload), watched]
+    bare, watched = Contender("bare", workload, compiled=compiled), Contender("watched", workload, watch={}, compiled=compiled)
+    contenders = [bare, Contender("bare again", workload, compiled=compiled), watched]
     with attached(watched):
         forward_to(contenders, 2)
         take_turns(contenders, BLOCK)
@@ -262,6 +265,17 @@ def growth_table(quick: bool) -> list[list[str]]:
     return table
 
 
+def compiled_table(quick: bool) -> list[list[str]]:
+    table = [["compiled by inductor", "bare, ms", "watched, first 32", "bare again", "watched"]]
+    for name in ("mlp", "tiny"):
+        workload = WORKLOADS[name]
+        row = measure(workload, max(1, workload.blocks // (4 if quick else 1)), alternatives=False, compiled=True)
+        table.append(
+            [workload.name, f"{row.milliseconds:.2f}", str(row.first), str(row.costs["bare again"]), str(row.costs["watched"])]
+        )
+    return table
+
+
 def rules_table() -> list[list[str]]:
     scenarios = list(rules.scenarios(2))
     table = [["all rules, ms an update", *scenarios]]
@@ -296,7 +310,7 @@ def machine() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what the watch costs, in CPU time against the same loop without it.")
-    choices = [*WORKLOADS, "growth", "rules"]
+    choices = [*WORKLOADS, "growth", "compiled", "rules"]
     parser.add_argument("what", nargs="*", metavar="what", help=f"any of: {', '.join(choices)} (all)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the blocks, without the two large networks")
     parser.add_argument("--blocks", type=int, help=f"blocks of {BLOCK} updates to measure")
@@ -320,6 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(printed(workload_table(rows), markdown=True) + "\n", flush=True)
     if "growth" in what:
         print(printed(growth_table(options.quick), options.markdown) + "\n", flush=True)
+    if "compiled" in what:
+        print(printed(compiled_table(options.quick), options.markdown) + "\n", flush=True)
     if "rules" in what:
         print(printed(rules_table(), options.markdown), flush=True)
 
