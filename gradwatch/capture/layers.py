@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from gradwatch.capture import saturation
 from gradwatch.capture.modules import Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
-from gradwatch.capture.samples import WHOLE
 
 DEAD_FROM, DEAD_WINDOW = 10, 32
 """A unit is dead that fired in none of the last 32 looks, or since the first where there were fewer, at least 10: 10 are what the
@@ -46,7 +45,7 @@ class _Table:
     """All rows of a record, read once.
 
     Attributes:
-        values: float32 `[N, 1024]`, 0 beyond the elements of a row.
+        values: float32 `[N, W]`, as wide as the longest row; 0 beyond the elements of one.
         count: `[N]`, elements.
         numel: `[N]`, elements of the tensor that was sampled.
         squares, largest, nonfinite: `[N]`, of a row's elements; `nonfinite` is 1 at least where the whole tensor is not finite.
@@ -58,16 +57,16 @@ class _Table:
         self.count = np.array(elements, np.int64)
         self.numel = np.array(numel, np.float64)
         number = np.array(numbers, np.int64)
+        width = int(self.count.max())
         if owners.count(owners[0]) == size:
-            self.values, whole = owners[0].values(number)
+            self.values, whole = owners[0].values(number, width)
         else:
-            self.values, whole = np.zeros((size, WHOLE), np.float32), np.ones(size, bool)
+            self.values, whole = np.zeros((size, width), np.float32), np.ones(size, bool)
             for samples in dict.fromkeys(owners):
                 at = np.array([i for i, owner in enumerate(owners) if owner is samples], np.int64)
-                self.values[at], whole[at] = samples.values(number[at])
-        short = np.flatnonzero(self.count < WHOLE)
-        if short.size:
-            self.values[short] = np.where(np.arange(WHOLE) < self.count[short, None], self.values[short], np.float32(0.0))
+                self.values[at], whole[at] = samples.values(number[at], width)
+        if self.count.min() < width:
+            np.copyto(self.values, 0.0, where=np.arange(width) >= self.count[:, None])
         self.squares, self.largest, self.nonfinite = (np.zeros(size) for _ in range(3))
         for start in range(0, size, _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
@@ -180,9 +179,10 @@ def _take_activations(found: _Found, table: _Table, place: Mapping[int, int], pa
         mask = saturation.flat(one.module, x.reshape(-1), y.reshape(-1))
         if mask is None:
             continue
-        inside = np.arange(WHOLE) < table.count[at][:, None]
+        width = table.values.shape[1]
+        inside = np.arange(width) < table.count[at][:, None]
         column = np.array([column for column, _ in group], np.int64)
-        flat += np.bincount(column, (mask.numpy().reshape(len(at), WHOLE) & inside).sum(axis=1), layers)
+        flat += np.bincount(column, (mask.numpy().reshape(len(at), width) & inside).sum(axis=1), layers)
         count += np.bincount(column, table.count[at], layers)
     found["saturated_fraction"] = _where(count > 0, flat / count)
 
@@ -229,7 +229,9 @@ def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: S
             if not activation.peaks:
                 continue
             at = [place[id(row)] for row in activation.peaks]
-            units = np.concatenate([table.values[i, : table.count[i]] for i in at])
+            units = table.values[at[0], : table.count[at[0]]]
+            if len(at) > 1:
+                units = np.concatenate([table.values[i, : table.count[i]] for i in at])
             known = peaks.get(part.column)
             if known is None or len(known) != len(units):
                 peaks[part.column] = units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class Delta:
             return
         start = perf_counter()
         try:
-            row = self._take(grad.detach())
+            row = self._take(grad.detach() if grad.requires_grad else grad)
             if row is not None:
                 self.rows.append(row)
         except Exception:
@@ -160,25 +160,23 @@ class Part:
     readable: bool = True
     activations: list[Activation] = field(default_factory=list)
 
-    def deltas(self) -> Iterator[Delta]:
+    def deltas(self) -> list[Delta]:
         """Those that are its own."""
-        if self.above is not None and self.own[0]:
-            yield self.above
-        if self.below is not None and self.own[1]:
-            yield self.below
+        found = [self.above] if self.above is not None and self.own[0] else []
+        return [*found, self.below] if self.below is not None and self.own[1] else found
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> list[Row]:
         """All rows that are its own."""
-        if self.own[0]:
-            yield self.out
+        found = [self.out] if self.own[0] else []
         for delta in self.deltas():
-            yield from delta.rows
+            found += delta.rows
         for activation in self.activations:
-            yield from activation.peaks
+            found += activation.peaks
             if activation.given is not None:
-                yield activation.given
+                found.append(activation.given)
             if activation.out is not None and activation.out is not self.out:
-                yield activation.out
+                found.append(activation.out)
+        return found
 
 
 def tensors_in(thing: Any) -> list[Tensor]:

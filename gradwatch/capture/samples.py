@@ -105,8 +105,8 @@ class Samples:
         if values.dim() == 2:
             self._rows[number].copy_(values)
             return number, WHOLE
-        n = values.numel()  # what has gaps is cut
-        self._rows[number].view(-1)[:n].copy_(values)
+        n = values.shape[0]  # what has gaps is cut
+        self._rows[number].as_strided((n,), (1,)).copy_(values)
         return number, n
 
     def peaks(self, units: Tensor, fires: float) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class Samples:
         if units.dtype is not torch.float32:
             units = units.float()
         beyond = units.abs() if fires == 0.0 else (units + fires / 2).abs_().sub_(fires / 2)
-        torch.amax(beyond, 0, out=self._rows[number].view(-1)[:n])
+        torch.amax(beyond, 0, out=self._rows[number].as_strided((n,), (1,)))
         return number, n
 
     def give_back(self, numbers: Iterable[int]) -> None:
@@ -152,20 +152,26 @@ class Samples:
         """Whether the last copy can be read without waiting."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
-    def values(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def values(self, numbers: NDArray[np.int64], width: int = WHOLE) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Rows as they were when last sent.
 
+        Args:
+            numbers: of the rows.
+            width: elements of each that are wanted.
+
         Returns:
-            float32 `[N, 1024]`; beyond its elements a row holds what lay there before. And bool `[N]`, whether the sum of the whole is
-            finite, where it was asked for.
+            float32 `[N, width]`; beyond its elements a row holds what lay there before. And bool `[N]`, whether the sum of the whole is
+            finite, where it was taken.
         """
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        out = np.empty((len(numbers), WHOLE + 1), np.float32)
+        out, whole = np.empty((len(numbers), width), np.float32), np.empty(len(numbers), bool)
         of, at = np.divmod(numbers, _BLOCK)
         for i, host in enumerate(self._host):
             mine = np.flatnonzero(of == i)
             if mine.size:
-                out[mine] = host.numpy()[at[mine]]
-        return out[:, :WHOLE], np.isfinite(out[:, WHOLE])
+                block = host.numpy()
+                out[mine] = block[:, :width][at[mine]]
+                whole[mine] = np.isfinite(block[at[mine], WHOLE])
+        return out, whole

@@ -281,7 +281,12 @@ def rules_table() -> list[list[str]]:
     table = [["all rules, ms an update", *scenarios]]
     for layers in (100, 10_000):
         cases = rules.scenarios(2 * layers)
-        table.append([f"{layers} layers", *(f"{rules.measure(layers, cases[name], name == 'dead')['all of judge']:.3f}" for name in scenarios)])
+        table.append(
+            [
+                f"{layers} layers",
+                *(f"{rules.measure(layers, cases[name], name == 'dead')['all of judge']:.3f}" for name in scenarios),
+            ]
+        )
     return table
 
 
