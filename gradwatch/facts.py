@@ -58,6 +58,8 @@ class LayerFact:
         flat: how the activation is flat that the module is, or that of the function behind it (`F.relu`, `torch.tanh`): "two-sided",
             "one-sided" or "probability"; "" where it has no flat part and where it is not known.
         in_scope: not left out by `Sampling.include` and `exclude`.
+        run: rank of its first call, in the order in which modules returned: a container comes after what it holds. None: it was not seen
+            to run.
     """
 
     name: str
@@ -68,6 +70,7 @@ class LayerFact:
     activation: str | None = None
     in_scope: bool = True
     flat: str = ""
+    run: int | None = None
 
 
 @dataclass(frozen=True)

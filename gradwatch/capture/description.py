@@ -124,6 +124,7 @@ def describe(
     opaque: bool = False,
     unreached: Iterable[int] = (),
     functions: Mapping[str, str] = MappingProxyType({}),
+    run: Mapping[str, int] = MappingProxyType({}),
 ) -> Meta:
     """The static facts of a run.
 
@@ -142,6 +143,7 @@ def describe(
         opaque: the graph hides something.
         unreached: slots that no graph reaches.
         functions: layer -> how the activation is flat that follows it as a function.
+        run: layer -> rank of its first call.
     """
     ranks = {slot: rank for rank, slot in enumerate(sorted(order, key=lambda slot: order[slot]))}
     parameters = []
@@ -182,6 +184,7 @@ def describe(
                 role=role,
                 activation=type(module).__name__ if kind == "activation" else None,
                 flat=saturation.shape(module) or functions.get(name, ""),
+                run=run.get(name),
                 in_scope=in_scope(name, include, exclude),
             )
         )

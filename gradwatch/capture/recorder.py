@@ -90,6 +90,7 @@ class Recorder:
         self._late = self._unseen_told = False
         self._unseen = np.zeros(0, np.int64)
         self._functions: dict[str, str] = {}
+        self._run: dict[str, int] = {}
         self._notice = notice
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
@@ -642,7 +643,7 @@ class Recorder:
         taken, draft.taken = draft.taken, None
         if taken is None:
             return None
-        self._note_functions(taken)
+        self._note_facts(taken)
         found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
         self.modules.release(taken)
         if taken.compiled and not self._unseen_told:
@@ -651,16 +652,21 @@ class Recorder:
             self._tell_unseen(draft, calls, taken.calls.keys())
         return found
 
-    def _note_functions(self, taken: Taken) -> None:
-        """Which layers are followed by an activation that is a function, and how it is flat."""
+    def _note_facts(self, taken: Taken) -> None:
+        """In which order modules run, and which are followed by an activation that is a function."""
         names: list[str] | None = None
-        known = len(self._functions)
+        known = len(self._functions), len(self._run)
+        ran = {part.column for part in taken.parts}
+        if len(ran) > len(self._run):
+            names = list(self.table.modules)
+            for part in taken.parts:
+                self._run.setdefault(names[part.column], len(self._run))
         for part in taken.parts:
             for activation in part.activations:
                 if activation.out is not part.out:
                     names = names or list(self.table.modules)
                     self._functions.setdefault(names[part.column], saturation.shape(activation.module))
-        if len(self._functions) != known:
+        if (len(self._functions), len(self._run)) != known:
             self._describe()
 
     def _tell_unseen(self, draft: Draft, calls: NDArray[np.float64], hooked: Collection[int]) -> None:
@@ -744,5 +750,6 @@ class Recorder:
                 opaque=self._walks.opaque,
                 unreached=self._walks.unreached(),
                 functions=self._functions,
+                run=self._run,
             )
         )
