@@ -222,6 +222,7 @@ class ModuleHooks:
         self._touched = [cell.module for cell in by_module.values()]
         copying.enter(self, (type(module) for module in self._touched))
         private.leave_alone({type(module) for module in self._touched}, on=True)
+        private.guard_hooks(self, on=True)
         places: list[tuple[dict[int, Any], int, Any]] = []
         for cell in by_module.values():
             handle = cell.module.register_forward_hook(cell.forward)
@@ -270,6 +271,7 @@ class ModuleHooks:
             private.take_out_hooks(module, self._is_mine)
         copying.leave(self)
         private.leave_alone({type(module) for module in self._touched}, on=False)
+        private.guard_hooks(self, on=False)
         self._touched, self._places = [], []
         self.leave()
 

@@ -300,6 +300,30 @@ def leave_alone(classes: Iterable[type[torch.nn.Module]], on: bool) -> None:
 _left_alone: Counter[Any] = Counter()
 
 
+def guard_hooks(owner: object, on: bool) -> None:
+    """Have dynamo check what it compiles from now on against the hooks of modules, while any owner asks for it.
+
+    By default it takes hooks for fixed: what was compiled for a module without hooks then serves a watched one of the same kind as
+    well, an unwatched twin of the model for example, and the watched one falls silent (measured).
+    """
+    config: Any = sys.modules.get("torch._dynamo.config")
+    if not hasattr(config, "skip_nnmodule_hook_guards"):
+        return
+    if on and not _guarding:
+        _skipped.append(config.skip_nnmodule_hook_guards)
+        config.skip_nnmodule_hook_guards = False
+    if on:
+        _guarding.add(id(owner))
+    else:
+        _guarding.discard(id(owner))
+    if not _guarding and _skipped:
+        config.skip_nnmodule_hook_guards = _skipped.pop() or config.skip_nnmodule_hook_guards
+
+
+_guarding: set[int] = set()
+_skipped: list[bool] = []
+
+
 def running_calls(module: torch.nn.Module, limit: int = 400) -> int:
     """How often a module is being called on this thread's Python stack, up to `limit` frames deep.
 
