@@ -167,7 +167,7 @@ def sampling(given: object, watched: Mapping[str, nn.Module]) -> Sampling:
     for keyword, patterns in (("include", given.include), ("exclude", given.exclude)):
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                some = ", ".join(repr(name) for name in names if name)[:160]
+                some = ", ".join(repr(name) for name in names if name)[:160] or "none but the model itself, ''"
                 raise ValueError(f"Sampling({keyword}=...): the pattern {pattern!r} does not match any module; there are {some}")
     if not any(in_scope(name, given.include, given.exclude) for name in names):
         raise ValueError(

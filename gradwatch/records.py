@@ -94,7 +94,7 @@ def _table() -> dict[str, Statistic]:
         ),
         ("saturated_fraction", la, "f4", "", "fraction of the output in the flat part of its activation"),
         ("dead_fraction", la, "f4", "", "fraction of units that never fired over the window"),
-        ("delta_norm", la, "f4", "loss", "2-norm of the gradient with respect to the module's output"),
+        ("delta_norm", la, "f4", "loss", "2-norm of the gradient with respect to the module's output, estimated from its sample"),
         ("delta_nonfinite", la, "f4", "elements", "NaN and Inf elements in that gradient's sample"),
         ("gain", la, "f4", "", "norm of the delta below the module over the norm of the delta above it"),
         ("loss", u, "f4", "loss", "sum of the roots of the record's backward passes over the loss scale"),
