@@ -266,6 +266,7 @@ def growth_table(quick: bool) -> list[list[str]]:
 
 
 def compiled_table(quick: bool) -> list[list[str]]:
+    """Dynamo serves a watched network by the graph of a bare one unless it checks for hooks, as it does while a watch is attached."""
     table = [["compiled by inductor", "bare, ms", "watched, first 32", "bare again", "watched"]]
     for name in ("mlp", "tiny"):
         workload = WORKLOADS[name]
