@@ -103,3 +103,41 @@ def test_the_cause_tells_whether_the_loss_rose_with_it() -> None:
         run.records(20)
         run.record(50.0, loss=loss)
         assert word in run.only("gradient_spike").cause
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        pytest.param([0.0] * 30, 5.0, id="the first reward comes late"),
+        pytest.param([1.0] * 10 + [0.0] * 20, 1.5, id="a margin that was met for long"),
+        pytest.param([1.0] * 12 + [0.0, 0.0, 0.0, 0.02, 0.0] * 4, 5.0, id="a reward that seldom comes"),
+    ],
+)
+def test_what_follows_gradients_of_exactly_zero_is_none(before: list[float], now: float) -> None:
+    run = Run(chain(4))
+    for norm in before:
+        run.record(norm)
+    run.record(now)
+    run.records(3, now)
+    assert run.alarms() == []
+
+
+def test_a_layer_whose_gradient_was_exactly_zero_is_no_spike_when_it_wakes() -> None:
+    run = Run(chain(4))
+    norms = np.ones(8)
+    norms[2:4] = 0.0
+    run.records(20, norms)
+    norms[2:4] = 100.0
+    run.record(norms)
+    assert run.alarms() == []
+
+
+def test_zeros_between_do_not_hide_a_spike_and_do_not_count_as_usual() -> None:
+    run = Run(chain(4))
+    run.records(12, 0.0)
+    for i in range(40):
+        run.record(0.0 if i % 5 == 0 else 1.0)
+    run.record(50.0)
+    alert = run.only("gradient_spike")
+    assert (alert.step, alert.layers) == (52, ("",))
+    assert alert.evidence["ratio"] == pytest.approx(50.0, rel=0.3)

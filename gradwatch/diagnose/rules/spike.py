@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.baselines import WINDOW
+from gradwatch.baselines import KEPT, WINDOW, ZERO
 from gradwatch.diagnose.naming import layers_of
 from gradwatch.diagnose.rules.rule import persistent
 from gradwatch.history import History
@@ -33,6 +33,14 @@ of the kept ones, for what has happened before is no news."""
 START = 5
 """Records at the start of a run whose norms are no habit: transients of the initialisation."""
 
+HABITUAL = 6
+"""Of the nine records before, those with a gradient other than exactly 0 that make a habit: a hinge whose margin is met and a reward that
+seldom comes give 0, over which anything is any number of times as much."""
+
+FROM_ZERO = 1e4
+"""Excess of an earlier record that is set aside where gradients of exactly 0 are kept: the mean logarithm of ten records with one zero
+among them is 10 lower."""
+
 RESTART = 2.0
 """Factor by which the learning rate rose in one of the last records: what follows is its doing."""
 
@@ -42,11 +50,12 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     """The norm of one record lies far outside the robust history of the logarithms of norms.
 
     With `n` the 2-norm over the parameters that the record observed and `h` that over the same parameters' last nine observations
-    before: `n / median(h) >= RATIO`, `n / max(h) >= RATIO`, `log(n / median(h)) / s >= SCORE` with `s` the largest of `SPREAD` and
-    the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those parameters' first records. Names
-    the modules that rose by `RATIO`, and by a tenth of the largest rise.
+    before, those of exactly 0 aside: `n / median(h) >= RATIO`, `n / max(h) >= RATIO`, `log(n / median(h)) / s >= SCORE` with `s` the
+    largest of `SPREAD` and the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those
+    parameters' first records. Names the modules that rose by `RATIO`, and by a tenth of the largest rise.
 
-    Ignored: parameters seen fewer than 11 times; a rise after the learning rate's; a skipped record.
+    Ignored: parameters seen fewer than 11 times, or whose gradient was other than exactly 0 in fewer than `HABITUAL` of the nine
+    observations before; a rise after the learning rate's; a skipped record.
     """
     b = history.baselines
     if len(history) <= WINDOW or len(b.residuals) < 1:
@@ -59,11 +68,22 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     if not columns.size or _restarted(history, columns):
         return
     logs = _before(history, columns)
+    nonzero = logs > ZERO
+    usual = nonzero.sum(axis=0) >= HABITUAL
+    columns, logs = columns[usual], logs[:, usual]
+    some = nonzero[:, usual].any(axis=1)
+    if np.count_nonzero(some) < HABITUAL:
+        return
+    logs = logs[some]
     now = norms[columns].astype(float)
     total = float(np.sqrt(np.square(now).sum()))
+    if not total > 0.0:
+        return
     before = 0.5 * np.log(np.maximum(np.exp(2.0 * logs).sum(axis=1), 1e-300))
     median = float(np.median(before))
     earlier = b.residuals[:-1][np.isfinite(b.residuals[:-1])]
+    if _was_zero(history):
+        excess, earlier = float(np.log(total)) - median, earlier[earlier < np.log(FROM_ZERO)]
     spread = max(SPREAD, _mad(before), _mad(earlier))
     rise = float(np.log(total)) - median
     first = 0.5 * float(np.log(np.maximum(np.exp(2.0 * b.early[columns].astype(float)).sum(), 1e-300)))
@@ -77,10 +97,7 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     )
     if not far:
         return
-    with np.errstate(divide="ignore"):
-        rises = np.log(np.maximum(now, 1e-45)) - np.median(logs, axis=0)
-    # A column that was exactly zero before rises by anything.
-    rises = np.where(np.median(logs, axis=0) <= -100.0, -np.inf, rises)
+    rises = np.log(np.maximum(now, 1e-45)) - np.median(logs, axis=0)
     risen = rises >= max(np.log(RATIO), float(rises.max()) - np.log(RATIO))
     share = np.flatnonzero(risen)[np.argsort(-now[risen], kind="stable")]
     names = tuple(history.parameters[i] for i in columns[share])
@@ -108,9 +125,14 @@ def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]
     return logs
 
 
+def _was_zero(history: History) -> bool:
+    """Whether a gradient of exactly 0 lies in the kept records."""
+    return bool((history.recent("grad_norm", KEPT + WINDOW)[:-1] == 0.0).any())
+
+
 def _largest(history: History, columns: NDArray[np.int64]) -> float:
     """The largest norm over these parameters in a kept record that reached most of them."""
-    back = history.recent("grad_norm", 64)[:-1, columns].astype(float)
+    back = history.recent("grad_norm", KEPT)[:-1, columns].astype(float)
     start = max(0, START - int(history.steps[-1] - len(back)))
     back = back[start:]
     seen = np.isfinite(back)
