@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,13 @@ from gradwatch.facts import Meta
 class Execution:
     """The layers of the history, L of them.
 
-    The graph knows the order of modules with trainable parameters. Others are taken to run right behind the one that was registered
-    before them in the same model, as those who write `self.fc1, self.act1, self.fc2` mean it; a container when all in it have run.
+    Modules that were seen to run have the order of their first calls. Of a model none of whose inner modules was, the graph knows the
+    order of those with trainable parameters. Others are taken to run right behind the one that the graph (or else the registration)
+    has before them in the same model, as those who write `self.fc1, self.act1, self.fc2` mean it; a container when all in it have run.
 
     Attributes:
-        place: `[L]`, when it runs, in ranks of parameters; -1 before all of which an order is known.
+        place: `[L]`, when it runs, in ranks of first calls, or of parameters in a model that was not seen to run; -1 before all of
+            which an order is known.
         rank: `[L]`, the same as a number without ties: of two in one place the one registered first runs first.
         parent: `[L]`, the module that holds it; -1 for a root.
         root: `[L]`, the watched model that it belongs to.
@@ -97,12 +100,10 @@ def _order(meta: Meta) -> Execution:
     inner = np.ones(count, bool)
     inner[parent[parent >= 0]] = False
     place = np.full(count, -1.0)
-    last: dict[int, float] = {}
-    for i, fact in enumerate(meta.layers):
-        if fact.order is not None:
-            last[int(root[i])] = place[i] = float(fact.order)
-        elif inner[i]:
-            place[i] = last.get(int(root[i]), -1.0)
+    for model in np.unique(root):
+        of = np.flatnonzero(root == model)
+        seen = any(inner[i] and meta.layers[i].run is not None for i in of)
+        place[of] = _places_seen(meta, of, inner) if seen else _places_guessed(meta, of, inner)
     # What a container puts out by itself comes after all that it holds, those registered last first.
     inside = np.arange(count, dtype=np.int64)
     for i in range(count - 1, -1, -1):
@@ -115,3 +116,34 @@ def _order(meta: Meta) -> Execution:
     rank[order] = np.arange(count)
     attention = np.append([fact.kind == "attention" for fact in meta.layers], False)
     return Execution(place, rank, parent, root, inner, np.where(attention[parent], parent, np.arange(count)))
+
+
+def _places_guessed(meta: Meta, layers: NDArray[np.int64], inner: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of the layers of one model, in ranks of parameters."""
+    places, last = np.full(len(layers), -1.0), -1.0
+    for j, i in enumerate(layers):
+        order = meta.layers[i].order
+        if order is not None:
+            last = places[j] = float(order)
+        elif inner[i]:
+            places[j] = last
+    return places
+
+
+def _places_seen(meta: Meta, layers: NDArray[np.int64], inner: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of the layers of one model, in ranks of first calls."""
+    facts = [meta.layers[i] for i in layers]
+    both = sorted((fact.order, fact.run) for fact in facts if fact.order is not None and fact.run is not None)
+    places, last = np.full(len(layers), -1.0), -1.0
+    for j, fact in enumerate(facts):
+        if fact.run is not None:
+            places[j] = fact.run
+        elif fact.order is not None:
+            # Used without being called, as attention does with its output projection, or called where no hook sees it.
+            behind = bisect_right(both, fact.order, key=lambda pair: pair[0])
+            places[j] = both[behind - 1][1] if behind else -1.0
+        elif inner[layers[j]]:
+            places[j] = last
+        if inner[layers[j]]:  # a container stands before what it holds and returns after it
+            last = places[j]
+    return places

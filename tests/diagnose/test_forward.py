@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwatch.history import LayerFact, Meta
+from gradwatch.history import LayerFact, Meta, ParameterFact
 from gradwatch.records import Severity, SkipReason
 from tests.diagnose.runs import Run, chain, skipped
 
@@ -79,6 +79,41 @@ def test_the_order_is_that_of_execution_and_not_of_registration() -> None:
     assert "that of b.fc before it" in alert.message
 
 
+def test_an_activation_registered_first_and_called_later_is_not_named_for_what_it_was_given() -> None:
+    order = ["fc", "act", "out", ""]
+    layers = (
+        LayerFact("", "Net", "container", run=3),
+        LayerFact("act", "GELU", "activation", activation="GELU", run=order.index("act")),
+        LayerFact("fc", "Linear", "linear", 0, run=order.index("fc")),
+        LayerFact("out", "Linear", "linear", 2, run=order.index("out")),
+    )
+    parameters = tuple(ParameterFact(f"{name}.w", name, (8, 8), owner="SGD#0", order=o) for name, o in (("fc", 0), ("out", 2)))
+    run = Run(meta := Meta(parameters, layers))
+    good(run, 3)
+    run.record(**bad(meta, *order), **SPOILT)
+    assert run.only("non_finite_activation").layers == ("fc",)
+
+
+def test_in_an_mlp_that_registers_its_activation_last_the_activation_is_named_before_the_projection() -> None:
+    order = ["c_fc", "act", "c_proj", ""]
+    layers = tuple(
+        LayerFact(name, kind=kind, order=rank, run=order.index(name))
+        for name, kind, rank in (
+            ("", "container", None),
+            ("c_fc", "linear", 0),
+            ("c_proj", "linear", 2),
+            ("act", "activation", None),
+        )
+    )
+    parameters = tuple(ParameterFact(f"{name}.w", name, (8, 8), owner="SGD#0", order=o) for name, o in (("c_fc", 0), ("c_proj", 2)))
+    run = Run(meta := Meta(parameters, layers))
+    good(run, 3)
+    run.record(**bad(meta, "act", "c_proj", ""), **SPOILT)
+    alert = run.only("non_finite_activation")
+    assert alert.layers == ("act",)
+    assert "that of c_fc before it" in alert.message
+
+
 def test_an_activation_called_in_many_places_is_named_only_if_nothing_else_can_be() -> None:
     meta = chain(3)
     meta = replace(meta, layers=(meta.layers[0], LayerFact("act", "ReLU", "activation", activation="ReLU"), *meta.layers[1:]))
@@ -127,8 +162,66 @@ def test_where_it_was_not_looked_at_when_it_happened_the_gradient_is_the_first_t
     run = Run(meta := chain(4))
     run.records(5)
     run.record(norms=np.nan, grad_nonfinite=5.0, grad_state=9, weight_norm=np.nan)
-    run.record(**bad(meta, *(fact.name for fact in meta.layers)), **SPOILT)
+    run.record(**bad(meta, *(fact.name for fact in meta.layers)), **(SPOILT | {"weight_norm": np.nan}))
     assert run.only("non_finite_gradient").step == 5
+
+
+# -- first seen in a look that comes after it ---------------------------------------------------------------------------------------
+
+UNSTEPPED = SPOILT | skipped(SkipReason.NO_STEP)
+"""A record whose loss is NaN and that leaves the weights as they are."""
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "first"),
+    [
+        pytest.param(UNSTEPPED, "non_finite_loss", id="loss"),
+        pytest.param(UNSTEPPED | {"loss": 1.0}, "non_finite_gradient", id="gradient"),
+    ],
+)
+def test_a_look_that_comes_later_says_where_it_was_born_as_long_as_the_weights_are_finite(spoilt: dict[str, Any], first: str) -> None:
+    run = Run(meta := chain(6, activation="ReLU"))
+    good(run, 64)
+    run.records(3)
+    run.record(**spoilt)
+    assert run.rules() == [first]
+    run.record(**bad(meta, "2act", "3", "3act", "4", "4act", "5", ""), **spoilt)
+    run.record(**bad(meta, "2act", "3", "3act", "4", "4act", "5", ""), **spoilt)
+    alert = run.only("non_finite_activation")
+    assert (alert.layers, alert.parameters, alert.step, alert.count) == (("2act",), (), 67, 3)
+    assert alert.message == "the output of 2act holds NaN or Inf, that of 2 before it is finite"
+    assert "In 2act" in alert.cause
+    assert [(n, a.rule, a.state) for n, a in run.sent] == [(68, first, "open"), (69, "non_finite_activation", "open")]
+
+
+def test_a_bad_batch_that_a_later_look_finds_is_the_cause_whatever_has_become_of_the_weights() -> None:
+    run = Run(meta := chain(4))
+    good(run, 64)
+    run.records(3)
+    run.record(**SPOILT)
+    everywhere = bad(meta, *(fact.name for fact in meta.layers))
+    run.record(**everywhere, **(SPOILT | {"weight_norm": np.nan}), input_nonfinite=2.0)
+    alert = run.only("non_finite_input")
+    assert (alert.layers, alert.step, alert.count) == (("",), 67, 2)
+
+
+def test_a_look_that_found_all_modules_finite_before_a_bad_loss_leaves_it_to_the_loss() -> None:
+    run = Run(meta := chain(4))
+    good(run, 64)
+    run.records(3)
+    run.record(**UNSTEPPED)
+    run.record(**bad(meta), **UNSTEPPED)
+    run.record(**bad(meta, "2", "3", ""), **UNSTEPPED)
+    assert run.only("non_finite_loss").step == 67
+
+
+def test_missing_values_that_were_there_before_are_not_where_a_loss_went_bad() -> None:
+    run = Run(meta := chain(4))
+    run.records(64, **bad(meta), input_nonfinite=4.0)
+    run.records(3)
+    run.record(**UNSTEPPED)
+    run.record(**bad(meta), **UNSTEPPED, input_nonfinite=4.0)
+    assert "non_finite_loss" in run.rules()
 
 
 # -- the input ---------------------------------------------------------------------------------------------------------------------
