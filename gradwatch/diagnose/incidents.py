@@ -1,6 +1,7 @@
 """One fault, one incident: findings are folded under their cause, extend what is open, and become alerts that are sent three times.
 
-An alert is sent when its incident opens, when its severity rises and when it ends. In between the incident goes on silently.
+An alert is sent when its incident opens, when its severity rises and when it ends, and once more where a look that comes later finds its
+origin. In between the incident goes on silently.
 """
 
 from __future__ import annotations
@@ -12,36 +13,14 @@ from math import isfinite
 from typing import Any
 
 from gradwatch.diagnose.advice import explain
-from gradwatch.diagnose.execution import lies_before, starts_before
+from gradwatch.diagnose.causes import CAUSES, POISON, RANK, dies_of_it, earliest, is_origin, touches
 from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding, Severity
 
-CAUSES: tuple[tuple[str, ...], ...] = (
-    ("non_finite_input",),
-    ("non_finite_weight",),
-    ("non_finite_activation",),
-    ("non_finite_loss",),
-    ("non_finite_gradient",),
-    ("gradients_not_zeroed",),
-    ("double_softmax", "unnormalized_input", "poor_init", "dead_units", "saturated_activation"),
-    ("exploding_gradient",),
-    ("gradient_spike",),
-    ("vanishing_gradient",),
-    ("zero_gradient",),
-    ("update_ratio_too_large", "update_ratio_too_small"),
-    ("loss_diverging", "loss_spike", "loss_plateau"),
-)
-"""Rules, causes before their consequences."""
-
-_RANK = {rule: rank for rank, rules in enumerate(CAUSES) for rule in rules}
 # A spike is one record; what it does to the weights may be told as well, but not instead.
 _EVENTS = frozenset({"gradient_spike"})
-_POISON = frozenset(name for names in CAUSES[:5] for name in names)
-# An activation that passes nothing starves what runs before it, under other names; and what is starved may die of it.
-_BLOCKS = frozenset({"dead_units", "saturated_activation"})
-_STARVED = frozenset({"vanishing_gradient", "zero_gradient"})
 
 
 @dataclass(slots=True)
@@ -50,6 +29,8 @@ class _Incident:
     persistence: int
     record: int
     """Number of records closed when there was evidence last."""
+    earliest: int
+    """The first step at which it may have begun: `alert.step`, or before it where nobody looked."""
 
 
 class Incidents:
@@ -83,7 +64,7 @@ class Incidents:
         send: list[Alert] = []
         found = self._run(history)
         # A cause opens its incident before its consequences look for one.
-        for finding, persistence in sorted(found, key=lambda pair: _RANK.get(pair[0].rule, len(_RANK))):
+        for finding, persistence in sorted(found, key=lambda pair: RANK.get(pair[0].rule, len(RANK))):
             incident = self._cause_of(finding, history) or self._same(finding)
             if incident is None:
                 incident = self._open(finding, persistence, history)
@@ -97,7 +78,7 @@ class Incidents:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain Python objects and alerts."""
         return {
-            "incidents": [(incident.alert, incident.persistence, incident.record) for incident in self._incidents],
+            "incidents": [(each.alert, each.persistence, each.record, each.earliest) for each in self._incidents],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,25 +124,24 @@ class Incidents:
 
     def _cause_of(self, finding: Finding, history: History) -> _Incident | None:
         """The open incident of which the finding is a consequence."""
-        rank = _RANK.get(finding.rule)
+        rank = RANK.get(finding.rule)
         if rank is None:
             return None
         for incident in self._incidents:
             alert = incident.alert
-            if alert.state != "open" or alert.rule not in _RANK:
+            if alert.state != "open" or alert.rule not in RANK:
                 continue
             if alert.severity == Severity.INFO < finding.severity:  # what does no harm causes none
                 continue
             # A bad value travels from a gradient into the weights and on into the loss: whichever was bad first is the cause.
-            poisoned = alert.rule in _POISON and finding.rule in _POISON
+            poisoned = alert.rule in POISON and finding.rule in POISON
             if poisoned and alert.step <= finding.step:
                 return incident
             if alert.rule == finding.rule:
                 continue
-            if _RANK[alert.rule] < rank and alert.step <= finding.step and _touches(alert, finding, history):
+            if RANK[alert.rule] < rank and incident.earliest <= finding.step and touches(alert, finding, history):
                 return incident
-            dies_of_it = alert.rule in _STARVED and finding.rule in _BLOCKS and alert.step < finding.step
-            if dies_of_it and starts_before(history.meta, alert.parameters, finding.layers):
+            if dies_of_it(alert, finding, history):
                 return incident
         return None
 
@@ -191,28 +171,29 @@ class Incidents:
             count=1,
             state="open",
         )
-        return _Incident(alert, max(1, persistence), history.recorded)
+        return _Incident(alert, max(1, persistence), history.recorded, earliest(finding, history))
 
     def _take_over(self, incident: _Incident, history: History) -> None:
         """Add an incident that opens; where consequences that began with it were told before, it takes the place of the first of them."""
         cause = incident.alert
-        rank = _RANK.get(cause.rule, len(_RANK))
+        rank = RANK.get(cause.rule, len(RANK))
         taken = [
             i
             for i, other in enumerate(self._incidents)
-            if rank < _RANK.get(other.alert.rule, -1)
+            if rank < RANK.get(other.alert.rule, -1)
             and other.alert.rule not in _EVENTS
-            and abs(cause.step - other.alert.step) <= 1
+            and incident.earliest - 1 <= other.alert.step <= cause.step + 1
             and history.recorded - other.record <= 2 * incident.persistence
-            and cause.rule not in _POISON
+            and cause.rule not in POISON
             and bool(other.alert.layers) == bool(cause.layers)
-            and _touches(cause, other.alert, history)
+            and touches(cause, other.alert, history)
         ]
         if not taken:
             self._incidents.append(incident)
             return
         first = self._incidents[taken[0]].alert
         incident.alert = replace(cause, step=min(cause.step, first.step))
+        incident.earliest = min(incident.earliest, first.step)
         self._incidents[taken[0]] = incident
         for i in reversed(taken[1:]):
             del self._incidents[i]
@@ -223,24 +204,35 @@ class Incidents:
         count = alert.count + (1 if history.recorded > incident.record else 0)
         incident.record = history.recorded
         last = max(alert.last_step, history.recorded - 1)
+        if self._is_origin(finding, alert, history):
+            cause, remedy = explain(finding, history)
+            changes: dict[str, Any] = {"rule": finding.rule, "layers": finding.layers, "parameters": finding.parameters}
+            changes |= {"message": finding.message, "evidence": finding.evidence, "cause": cause, "remedy": remedy}
+            incident.alert = replace(alert, count=count, last_step=last, severity=finding.severity, **changes)
+            return True
         if finding.rule != alert.rule:
             incident.alert = replace(alert, count=count, last_step=last)
             return False
         rises = finding.severity > alert.severity
-        changes: dict[str, Any] = {"count": count, "last_step": last, "severity": max(alert.severity, finding.severity)}
+        changes = {"count": count, "last_step": last, "severity": max(alert.severity, finding.severity)}
         # Once a bad value is in the weights it is everywhere: where it was first is what there is to say.
-        if finding.rule in _POISON:
+        if finding.rule in POISON:
             if rises:  # what was none of the training's business has become it
                 changes |= {"step": finding.step, "message": finding.message, "evidence": finding.evidence}
                 changes |= {"parameters": finding.parameters, "layers": finding.layers}
         else:
             changes |= {"step": min(alert.step, finding.step), "message": finding.message, "evidence": finding.evidence}
+            incident.earliest = min(incident.earliest, finding.step)
             if finding.parameters != alert.parameters or finding.layers != alert.layers:
                 changes |= self._union(alert, finding, history)
         if rises:
             changes["cause"], changes["remedy"] = explain(finding, history)
         incident.alert = replace(alert, **changes)
         return rises
+
+    def _is_origin(self, finding: Finding, alert: Alert, history: History) -> bool:
+        # What was told to do no harm was there before.
+        return is_origin(finding, alert, history) and self._same(finding) is None
 
     def _union(self, alert: Alert, finding: Finding, history: History) -> dict[str, Any]:
         # A finding that names parameters is the more exact of two.
@@ -259,14 +251,6 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
-
-
-def _touches(cause: Alert, consequence: Alert | Finding, history: History) -> bool:
-    """Whether they speak of the same place, or the one of what starves the other's."""
-    if overlap(cause.layers, consequence.layers):
-        return True
-    starved = cause.rule in _BLOCKS and consequence.rule in _STARVED
-    return starved and lies_before(history.meta, consequence.parameters, cause.layers)
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -128,6 +128,48 @@ def test_a_layer_that_dies_of_what_starves_it_is_one_alert_with_that() -> None:
     run.only("vanishing_gradient")
 
 
+def test_a_layer_that_died_between_two_looks_takes_the_place_of_what_it_starves() -> None:
+    run = Run(meta := chain(6, activation="ReLU"))
+    healthy(run, 64)
+    run.records(9)
+    run.record(**dead(meta, 0.1, 0.5, name="3act"))
+    starved = np.where(np.arange(12) < 8, 0.0, 1.0)
+    run.records(4)
+    run.records(6, starved)  # dies at 78, is looked at again at 84
+    run.records(14, starved, **dead(meta, 0.1, name="3act"))
+    alert = run.only("dead_units")
+    assert (alert.step, alert.layers) == (78, ("3act",))
+    assert [a.rule for _, a in run.sent] == ["vanishing_gradient", "dead_units"]
+
+
+def test_a_layer_found_dead_is_the_cause_of_a_fall_that_began_after_the_last_look_at_it() -> None:
+    run = Run(meta := chain(6, activation="ReLU"))
+    healthy(run, 70)
+    starved = np.where(np.arange(12) < 8, 1e-8, 1.0)
+    run.records(9, loss=0.01)
+    run.records(1, starved, loss=0.01)
+    run.records(9, starved, **dead(meta, 0.1, name="3act"), loss=0.01)
+    assert run.rules() == ["dead_units"]
+    run.records(10, starved, **dead(meta, 0.1, name="3act"))
+    run.only("dead_units")
+
+
+@pytest.mark.parametrize(
+    ("weight", "rules"),
+    [
+        pytest.param(0.0, ["dead_units"], id="given zeros"),
+        pytest.param(1e-8, ["dead_units", "vanishing_gradient"], id="starved by something else"),
+    ],
+)
+def test_the_layer_right_behind_a_dead_one_has_nothing_to_learn_from(weight: float, rules: list[str]) -> None:
+    # A normalisation behind it leaves its bias without a gradient too.
+    run = Run(meta := chain(6, activation="ReLU"))
+    norms = np.where(np.arange(12) < 6, 0.0, 1.0)
+    norms[6:8] = weight, 1e-8
+    run.records(14, norms, **dead(meta, name="2act"))
+    assert sorted(run.rules()) == rules
+
+
 def test_a_fall_that_reaches_beyond_a_dead_layer_stands_by_itself() -> None:
     run = Run(meta := chain(8, activation="ReLU"))
     run.records(14, np.where(np.arange(16) < 12, 1e-8, 1.0), **dead(meta, name="1act"))

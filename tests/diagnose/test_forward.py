@@ -179,7 +179,9 @@ UNSTEPPED = SPOILT | skipped(SkipReason.NO_STEP)
         pytest.param(UNSTEPPED | {"loss": 1.0}, "non_finite_gradient", id="gradient"),
     ],
 )
-def test_a_look_that_comes_later_says_where_it_was_born_as_long_as_the_weights_are_finite(spoilt: dict[str, Any], first: str) -> None:
+def test_a_look_that_comes_later_says_where_it_was_born_as_long_as_the_weights_are_finite(
+    spoilt: dict[str, Any], first: str
+) -> None:
     run = Run(meta := chain(6, activation="ReLU"))
     good(run, 64)
     run.records(3)

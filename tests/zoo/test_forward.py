@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
-from tests.zoo.case import Blobs, Pictures, Setup, Text, classify, fit, mlp
+from tests.zoo.case import Blobs, Event, Pictures, Setup, Text, classify, fit, mlp
 from tests.zoo.models import PlainCNN, Residual
 
 ONSET = 20
@@ -111,6 +111,24 @@ def test_a_relu_that_dies_later_is_named_within_ten_updates(layer: int) -> None:
     said = train(fit(model, classify(model, Blobs(0)), optimizer("SGD", model, 0.1), 40, before))
     assert said.only("dead_units", str(layer + 1)).step == ONSET
     assert said.sent["dead_units"] <= ONSET + 10
+
+
+def test_a_relu_that_dies_between_two_looks_is_named_and_not_what_it_starves() -> None:
+    model, late = mlp(nn.ReLU, 3, 64), 75
+
+    def before(i: int) -> None:
+        if i == late:
+            nn.init.constant_(model.get_parameter("2.bias"), -50.0)
+
+    said = train(fit(model, classify(model, Blobs(0)), optimizer("Adam", model, 0.001), 120, before))
+    assert said.only("dead_units", "3").step == late
+
+
+def test_a_dead_relu_between_normalisations_is_named_and_not_the_layer_right_behind_it() -> None:
+    blocks = [module for width in (16, 64) for module in (nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    model = nn.Sequential(*blocks, nn.Linear(64, 4))
+    nn.init.constant_(model.get_parameter("1.bias"), -50.0)
+    train(fit(model, classify(model, Blobs(0)), optimizer("Adam", model, 0.001), 60)).only("dead_units", "2")
 
 
 def test_a_functional_relu_is_named_after_the_module_before_it() -> None:
@@ -252,6 +270,26 @@ def test_a_logarithm_in_a_module_is_named_by_its_name() -> None:
     alert = said.only("non_finite_activation", "4.1")
     assert (alert.step, said.sent["non_finite_activation"]) == (ONSET, ONSET + 1)
     assert "that of 4.0 before it is finite" in alert.message
+
+
+def test_a_logarithm_that_leaves_its_domain_between_two_looks_is_named_by_the_next_one_if_the_weights_are_finite() -> None:
+    late = 75
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), Log(late), nn.Linear(64, 4))
+    loss, adam = classify(model, Blobs(0)), optimizer("Adam", model, 0.001)
+
+    def run() -> Iterator[Event]:
+        for i in range(120):
+            adam.zero_grad()
+            value = loss(i)
+            value.backward()
+            if value.isfinite():
+                adam.step()
+            yield "step", [adam]
+
+    said = train(Setup(model, run))
+    alert = said.only("non_finite_activation", "3")
+    assert (alert.step, list(said.sent)) == (late, ["non_finite_loss", "non_finite_activation"])
+    assert said.sent["non_finite_activation"] <= late + 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
