@@ -449,7 +449,10 @@ CASES: dict[str, Callable[[Compiler], Made]] = {
     "sequential-compiles-nothing": lambda compiler: sequential(compiler),
 }
 
-UNSEEN = {"unknown-sizes": ("blocks.1", "blocks.1.linear", "blocks.1.act", "blocks.1.back")}
+UNSEEN = {
+    "unknown-sizes": ("blocks.1", "blocks.1.linear", "blocks.1.act", "blocks.1.back"),
+    "autocast": tuple(name for name, _ in Net().named_modules() if name),
+}
 """Only the calls of these are seen."""
 
 
@@ -804,3 +807,40 @@ def test_inductor_fuses_the_statistics_and_changes_no_bit(make: Callable[[Compil
     assert run.counts == bare.counts
     assert_same_weights(run.model, bare.model)
     assert_same_statistics(run.watch, eager.watch, rtol=1e-3)  # fused arithmetic, over a few updates
+
+
+class Rounded(nn.Module):
+    """Much that inductor fuses, and a kernel more or less decides where it rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 32)
+        self.block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Sigmoid(), nn.Linear(64, 32), nn.Dropout(0.1))
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)[None]
+        return self.head(self.layer(x + self.block(x)))[0]
+
+
+def rounded(compiler: Compiler) -> Made:
+    model = Rounded()
+    forward = compiler(model)
+
+    def update(x: Tensor, y: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(forward(x).float(), y)
+        loss.backward()
+
+    return model, update
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_of_half_precision_compiled_code_counts_calls_only_for_who_reads_it_changes_where_it_rounds() -> None:
+    bare = train(rounded, Compiler(True, "inductor"), watched=False, updates=12)
+    run = train(rounded, Compiler(True, "inductor"), watched=True, updates=12)
+    assert_same_weights(run.model, bare.model)
+    layers = run.watch.history.layers
+    assert (run.watch.history.stat("calls")[0, layers.index("block.1")]) == 1
+    assert np.isnan(run.watch.history.stat("activation_rms")[:, layers.index("block.1")]).all()
