@@ -82,10 +82,11 @@ class RingBuffer:
         self.total += 1
         self._kept = min(self._kept + 1, self.capacity)
 
-    def column(self, name: str, last: int | None = None) -> NDArray[Any]:
-        """The last rows of one field, oldest first, as a copy."""
+    def column(self, name: str, last: int | None = None, but: int = 0) -> NDArray[Any]:
+        """The last rows of one field, oldest first, as a copy, without the very last `but` of them."""
         n = len(self) if last is None else max(0, min(last, len(self)))
-        start, stop = self.total - n, self.total
+        n, stop = max(0, n - but), self.total - but
+        start = stop - n
         first, end = start % self.capacity, stop % self.capacity
         field_ = self._rows[name]
         if n == 0:
@@ -177,6 +178,12 @@ class History:
         if name not in STATISTICS:
             raise KeyError(f"no statistic {name!r}; there are: {', '.join(STATISTICS)}")
         return self._ring.column(name, last)
+
+    def between(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Like `stat`, of the records `start` to `stop - 1` by their number, as far as they are kept."""
+        if name not in STATISTICS:
+            raise KeyError(f"no statistic {name!r}; there are: {', '.join(STATISTICS)}")
+        return self._ring.column(name, self.recorded - start, max(0, self.recorded - stop))
 
     def record(self, last: int = 1) -> StepRecord:
         """The `last`-th record from the end."""

@@ -212,10 +212,19 @@ def test_recent_is_the_tail_of_stat(last: int) -> None:
         np.testing.assert_array_equal(history.recent(name, last), tail, err_msg=name)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (0, 3), (2, 5), (4, 6), (7, 20), (6, 6), (9, 12), (5, 2)])
+def test_between_is_what_is_kept_of_some_records(start: int, stop: int) -> None:
+    history = History(meta_of("a", "b"), window=5)
+    fill(history, 8)
+    for name in STATISTICS:
+        kept = history.stat(name)[[i for i, step in enumerate(history.steps) if start <= step < stop]]
+        np.testing.assert_array_equal(history.between(name, start, stop), kept, err_msg=name)
+
+
 @pytest.mark.parametrize("name", ["grad_nrom", "", "GRAD_NORM", "steps"])
 def test_an_unknown_statistic_is_a_key_error_that_lists_the_names(name: str) -> None:
     history = History(meta_of("a"))
-    for ask in (lambda: history.stat(name), lambda: history.recent(name, 3)):
+    for ask in (lambda: history.stat(name), lambda: history.recent(name, 3), lambda: history.between(name, 0, 3)):
         with pytest.raises(KeyError) as caught:
             ask()
         message = str(caught.value)

@@ -46,23 +46,28 @@ def _never_stepped(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _missing(finding: Finding, history: History) -> tuple[str, str]:
-    uncalled = finding.evidence.get("uncalled", 0.0)
-    if uncalled == finding.evidence.get("parameters", 0.0) > 0:
+    e = finding.evidence
+    uncalled, before = e.get("uncalled", 0.0), e.get("reached_before", 0.0) > 0
+    if uncalled == e.get("parameters", 0.0) > 0:
+        if before:
+            return ("Nothing in the forward pass calls their modules any more.", f"Call them in forward(). {_PHASES}")
         return (
             "Nothing in the forward pass calls their modules.",
             "Call them in forward(), or leave them out of the model (frozen by requires_grad_(False) they are no fault).",
         )
     graph = set(finding.parameters) & set(history.meta.unreached)
     why = "No path of the graph leads from the loss to them" if graph else "No backward pass reaches them"
-    if finding.evidence.get("called", 0.0) > 0 and not uncalled:
+    use = "Use the module's output in the loss without detaching it"
+    remedy = f"{use}. {_PHASES}" if before else f"{use}, or freeze it (requires_grad_(False))."
+    if e.get("called", 0.0) > 0 and not uncalled:
         return (
             f"{why}, though their modules run: the output is unused or detached (detach(), no_grad(), .data, .item(), numpy).",
-            "Use the module's output in the loss without detaching it, or freeze it (requires_grad_(False)).",
+            remedy,
         )
-    return (
-        f"{why}: their output is unused, detached (detach(), no_grad(), .data, .item(), numpy), or never computed.",
-        "Use the module's output in the loss without detaching it, or freeze it (requires_grad_(False)).",
-    )
+    return (f"{why}: their output is unused, detached (detach(), no_grad(), .data, .item(), numpy), or never computed.", remedy)
+
+
+_PHASES = "If the training goes in phases all is well: freeze what waits (requires_grad_(False)) or leave it out by Sampling(exclude=...)."
 
 
 def _not_in_optimizer(finding: Finding, history: History) -> tuple[str, str]:
@@ -202,7 +207,7 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
                 "Initialise that layer with kaiming_normal_ or xavier_normal_.",
             )
         return (
-            f"Most of it is lost in one place, behind {first}: the gradient drops there to {_times(e.get('sharpest_drop', 0.0))}.",
+            f"Most of it is lost in one place, behind {first}: the gradient {_dropped(e.get('sharpest_drop', 0.0))}.",
             "Look there for a saturated activation, a tiny factor or weight, or a closed gate; normalise before it.",
         )
     measured = _by_gains(finding, "pass on", "passes on")
@@ -227,7 +232,7 @@ def _vanishing(finding: Finding, history: History) -> tuple[str, str]:
             "Use ReLU or GELU with kaiming_normal_ initialisation, normalisation, or residual connections.",
         )
     return (
-        f"Each layer passes on less than it gets: {_times(whole)} is left over {e.get('layers_in_all', 0):.0f} layers.",
+        f"Each layer passes on less than it gets: {_times(whole) if whole else 'nothing'} is left over {e.get('layers_in_all', 0):.0f} layers.",
         _OTHER_REMEDY,
     )
 
@@ -317,8 +322,14 @@ def _typical_gain(finding: Finding, history: History) -> float | None:
     return float(np.median(gains)) if gains else None
 
 
+def _dropped(ratio: float) -> str:
+    return f"drops there to {_times(ratio)}" if ratio else "is exactly zero there"
+
+
 def _power(value: float) -> str:
     """ "4.1e-9"."""
+    if not value:
+        return "exactly zero"
     return f"{value:.1e}".replace("e+00", "").replace("e-0", "e-").replace("e+0", "e")
 
 

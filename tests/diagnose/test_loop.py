@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,6 +227,85 @@ def test_a_module_that_may_have_been_called_is_told_by_update_15(calls: list[flo
     alert = run.only("missing_gradient")
     assert alert.message.endswith(told)
     assert "detached" in alert.cause
+
+
+def forgotten(run: Run, n: int, layers: dict[int, float], **columns: Any) -> None:
+    """Records in which some layers of a chain get no gradient, and are called so often."""
+    parameters = len(run.history.parameters)
+    norms, state = np.ones(parameters), np.full(parameters, STEPPED, np.uint8)
+    calls = np.ones(len(run.history.layers))
+    for layer, times in layers.items():
+        norms[2 * layer : 2 * layer + 2], state[2 * layer : 2 * layer + 2] = np.nan, np.uint8(GradState.STEPPED)
+        calls[1 + layer] = times
+    run.records(n, norms, **({"grad_state": state, "calls": calls} | columns))
+
+
+@pytest.mark.parametrize("healthy", [20, 100])
+def test_a_module_that_is_not_called_any_more_is_not_told_to_be_detached(healthy: int) -> None:
+    run = Run(chain(4))
+    forgotten(run, healthy, {})
+    forgotten(run, 10, {0: 0.0})
+    alert = run.only("missing_gradient")
+    assert (alert.step, alert.layers) == (healthy, ("0",))
+    assert alert.message == "no gradient any more in 10 steps for 2 parameters: the modules are no longer called"
+    assert alert.cause == "Nothing in the forward pass calls their modules any more."
+    assert "phases" in alert.remedy
+    assert "exclude" in alert.remedy
+    assert "leave them out of the model" not in alert.remedy
+
+
+def test_message_and_cause_stay_those_of_the_onset() -> None:
+    run = Run(chain(4))
+    forgotten(run, 20, {})
+    forgotten(run, 10, {0: 1.0})
+    forgotten(run, 60, {0: 0.0})
+    alert = run.only("missing_gradient")
+    assert alert.message == "no gradient any more in 70 steps for 2 parameters, though the modules are called"
+    assert "though their modules run" in alert.cause
+
+
+def test_of_records_in_which_calls_were_not_looked_at_neither_is_told() -> None:
+    run = Run(chain(4))
+    forgotten(run, 20, {})
+    forgotten(run, 40, {0: 0.0}, calls=np.nan)
+    alert = run.only("missing_gradient")
+    assert alert.message == "no gradient any more in 40 steps for 2 parameters"
+    assert "or never computed" in alert.cause
+
+
+def test_a_module_that_is_detached_and_another_that_is_not_called_are_two_faults() -> None:
+    run = Run(chain(5))
+    forgotten(run, 20, {})
+    forgotten(run, 40, {0: 1.0, 3: 0.0})
+    detached, uncalled = run.alarms()
+    assert (detached.layers, uncalled.layers) == (("0",), ("3",))
+    assert "though the modules are called" in detached.message
+    assert "though their modules run" in detached.cause
+    assert "no longer called" in uncalled.message
+    assert "Nothing in the forward pass calls" in uncalled.cause
+
+
+def test_a_module_of_which_parts_are_detached_and_parts_not_called_is_one_fault() -> None:
+    parts = chain(2, prefix="encoder.")
+    meta = chain(3)
+    run = Run(
+        Meta(parts.parameters + meta.parameters, (parts.layers[0], LayerFact("encoder"), *parts.layers[1:], *meta.layers[1:]))
+    )
+    norms, state = np.ones(10), np.full(10, STEPPED, np.uint8)
+    run.records(20, norms, grad_state=state, calls=np.ones(7))
+    norms[:4], state[:4] = np.nan, np.uint8(GradState.STEPPED)
+    run.records(12, norms, grad_state=state, calls=np.array([1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]))
+    alert = run.only("missing_gradient")
+    assert alert.layers == ("encoder",)
+    assert alert.message == "no gradient any more in 12 steps for 4 parameters, 2 of them in modules that are not called"
+    assert "unused, detached (detach(), no_grad(), .data, .item(), numpy), or never computed" in alert.cause
+
+
+def test_of_parameters_some_of_which_had_gradients_nothing_is_told_that_holds_for_the_others_only() -> None:
+    run = Run(chain(5))
+    forgotten(run, 20, {0: 1.0})
+    forgotten(run, 20, {0: 1.0, 1: 1.0})
+    assert run.only("missing_gradient").message == "no gradient in 20 steps for 4 parameters, though the modules are called"
 
 
 def test_an_output_projection_that_attention_uses_without_calling_it_counts_as_called_with_it() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.lists import Lists, lists_of
-from gradwatch.diagnose.naming import named
+from gradwatch.diagnose.naming import layers_of, named, overlap
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.diagnose.tree import tree_of
 from gradwatch.history import History, Meta
@@ -117,7 +117,8 @@ def missing_gradient(history: History) -> Iterator[Finding]:
 
     The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
     a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was. Whether the modules were called
-    at all is told: it separates what forgets them from what detaches their output. A parameter whose module (or
+    in the window, if that was looked at, is told: it separates what forgets them from what detaches their output, and modules of the
+    two kinds are told apart unless they make up one module. A parameter whose module (or
     the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are
     ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
     """
@@ -130,26 +131,29 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     lists, never = lists_of(meta), b.reached == 0
     expert = whole & _experts(history, lists)
     due = (b.missed >= MISSED_UNCALLED) | (never & history.ended)
+    calls = _calls(history, idle, window)
     open_ = whole & ~expert & ~due & ~(lists.equals & never)
-    alarms = (whole & ~expert & due) | (open_ & ~_uncalled(history, open_))
+    alarms = (whole & ~expert & due) | (open_ & ~(never & (calls == 0.0)))
     notes = (idle & ~whole) | expert
-    for mask, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):
-        if mask.any():
-            missed = int(b.missed[mask].min())
-            step = int(b.last_reached[mask].min()) + 1
-            ever = "at all" if step == 0 else "any more"
-            count = int(mask.sum())
-            uncalled, called = _called(history, mask)
-            modules = "module is" if count == 1 else "modules are"
-            why = f": the {modules} {'never' if step == 0 else 'no longer'} called" if uncalled == count else ""
-            why = f", though the {modules} called" if called == count else why
+    for masks, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):
+        for mask in _by_fault(meta, masks, calls == 0.0):
+            missed, count = int(b.missed[mask].min()), int(mask.sum())
+            before, uncalled = int((mask & ~never).sum()), int((calls[mask] == 0.0).sum())
+            called = int((calls[mask] > 0.0).sum())
+            ever = "" if 0 < before < count else " any more" if before else " at all"
             yield Finding(
                 "missing_gradient",
                 severity,
-                step,
+                int(b.last_reached[mask].min()) + 1,
                 parameters=named(meta, np.flatnonzero(mask)),
-                message=f"no gradient {ever} in {missed} steps for {_count(count, 'parameter')}{why}",
-                evidence={"missed_steps": missed, "parameters": count, "uncalled": uncalled, "called": called},
+                message=f"no gradient{ever} in {missed} steps for {_count(count, 'parameter')}{_why(count, before, uncalled, called)}",
+                evidence={
+                    "missed_steps": missed,
+                    "parameters": count,
+                    "uncalled": uncalled,
+                    "called": called,
+                    "reached_before": before,
+                },
             )
 
 
@@ -223,32 +227,51 @@ def _idle_modules(meta: Meta, idle: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return ~busy[tree.own]
 
 
-def _uncalled(history: History, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`[P]`: of some parameters, that their module is known not to have been called for long."""
-    uncalled: NDArray[np.bool_] = _calls(history, mask) == 0.0
-    return uncalled
+def _calls(history: History, mask: NDArray[np.bool_], window: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`[P]`: of some parameters, the most calls of their module in one record of their window; NaN where not known, and elsewhere.
 
-
-def _called(history: History, mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """Of some parameters, how many belong to modules known not to have been called for long, and how many to modules that were."""
-    calls = _calls(history, mask)
-    return int((calls == 0.0).sum()), int((calls > 0.0).sum())
-
-
-def _calls(history: History, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """`[P]`: of some parameters, the most calls of their module in one of the last records; NaN where not known, and elsewhere.
-
-    Not called in a model that is not called as a whole says nothing: parts that somebody calls by hand under `no_grad` are not seen.
+    The window starts where a backward last reached them and does not move on, so that nothing else is told later. Not called in a
+    model that is not called as a whole says nothing: parts that somebody calls by hand under `no_grad` are not seen.
     """
-    meta = history.meta
+    b, meta = history.baselines, history.meta
     most = np.full(len(mask), np.nan)
     columns = np.flatnonzero(mask & (meta.layer_index >= 0))
-    if columns.size:
-        execution, layer = execution_of(meta), meta.layer_index[columns]
-        calls = np.fmax.reduce(history.recent("calls", MISSED_UNCALLED), axis=0)
-        mine = calls[execution.caller[layer]]
-        most[columns] = np.where((mine > 0) | (calls[execution.root[layer]] > 0), mine, np.nan)
+    if not columns.size:
+        return most
+    execution, layer, oldest = execution_of(meta), meta.layer_index[columns], history.recorded - len(history)
+    onset = b.last_reached[columns] + 1
+    end = onset + np.where(b.reached[columns] == 0, MISSED_UNCALLED, window[columns])
+    for first, last in np.unique(np.stack((onset, end)), axis=1).T.tolist():
+        rows = history.between("calls", first, last) if first >= oldest else ()
+        if not len(rows):
+            continue
+        calls, of = np.fmax.reduce(rows, axis=0), (onset == first) & (end == last)
+        mine = calls[execution.caller[layer[of]]]
+        most[columns[of]] = np.where((mine > 0) | (calls[execution.root[layer[of]]] > 0), mine, np.nan)
     return most
+
+
+def _by_fault(meta: Meta, mask: NDArray[np.bool_], uncalled: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
+    """Some parameters, those of modules that are not called apart from the others, unless there is a module to name for both."""
+    forgotten, others = mask & uncalled, mask & ~uncalled
+    if forgotten.any() and others.any():
+        both, one, other = (set(layers_of(meta, named(meta, np.flatnonzero(some)))) for some in (mask, forgotten, others))
+        if both == one | other and not overlap(one, other):
+            yield others
+            yield forgotten
+            return
+    if mask.any():
+        yield mask
+
+
+def _why(count: int, before: int, uncalled: int, called: int) -> str:
+    """What is known of the calls of the modules of so many parameters, of which some were reached before."""
+    modules = "module is" if count == 1 else "modules are"
+    if uncalled == count:
+        return f": the {modules} {'no longer' if before == count else 'not' if before else 'never'} called"
+    if called == count:
+        return f", though the {modules} called"
+    return f", {uncalled} of them in modules that are not called" if uncalled else ""
 
 
 def _experts(history: History, lists: Lists) -> NDArray[np.bool_]:
