@@ -270,3 +270,20 @@ def test_a_large_network_is_told_at_update_10_and_each_record_with_evidence_coun
     assert run.sent[0][0] == 10
     assert run.only("vanishing_gradient").count == 5
     assert run.only("vanishing_gradient").layers[0] == "999"
+
+
+def test_a_gradient_of_exactly_zero_is_not_told_as_a_measurement() -> None:
+    run = Run(chain(10))
+    run.records(14, np.where(np.arange(20) < 12, 0.0, 1e-3), noise=0.0)
+    alert = run.only("vanishing_gradient")
+    assert alert.message == "the gradient is exactly zero in 6 of 10 layers, 0.001 at 6"
+    assert alert.cause.endswith("behind 5: the gradient is exactly zero there.")
+    assert (alert.evidence["ratio"], alert.evidence["grad_norm"], alert.evidence["sharpest_drop"]) == (0.0, 0.0, 0.0)
+
+
+def test_a_layer_that_no_longer_gets_any_gradient_is_told_so() -> None:
+    run = Run(chain(6))
+    run.records(12)
+    still = np.where(np.arange(12) // 2 == 3, 0.0, 1.0)
+    run.records(30, still, update_ratio=np.where(still == 0.0, 0.0, 1e-3))
+    assert run.only("vanishing_gradient").message == "the gradient is exactly zero and the weights do not move"

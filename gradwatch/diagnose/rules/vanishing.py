@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.baselines import WINDOW
+from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median, members
 from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
@@ -69,6 +69,12 @@ front of it loses 0.85, weights of a tenth of the usual scale 1.4."""
 NEGLIGIBLE = 1e-7
 """Update ratio that changes nothing: half of float32's resolution, 1.2e-7, is what rounds away."""
 
+
+NOTHING = float(ZERO) / DECADE + 0.1
+"""Decades up to which a norm is exactly zero in all observations: the smallest of float32 is at -44.85."""
+
+LEAST = 1e-37
+"""Ratio below which one of the two gradients is nearly or exactly zero: what it is then says nothing."""
 
 HIGHEST = 64
 """Parameters after the cut among which the largest gradient of each earlier record is looked for."""
@@ -253,26 +259,33 @@ def _by_depth(history: History, window: Window, falls: list[_Fall]) -> Finding:
     reference = meta.parameters[window.layout.columns[worst.reference]]
     lowest = worst.start + int(level[worst.start : worst.stop].argmin())
     ratio = 10.0**-worst.decades
+    matrices = places[layout.matrix[places]]
+    nothing = int(members(layout.layer[matrices[level[matrices] <= NOTHING]], layout.layers).sum()) if ratio < LEAST else 0
     above = min(worst.last + 1, len(level) - 1)
     gain = window.weights[above] * layout.gain[above]
     nodes = float(layout.distance[worst.last] - layout.distance[above])
-    layers = int(members(layout.layer[places[layout.matrix[places]]], layout.layers).sum())
+    layers = int(members(layout.layer[matrices], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
     ends = meta.layer_index[[layout.columns[lowest], layout.columns[worst.reference]]]
     fall = float(level[lowest] - level[worst.reference])
+    where = reference.layer or "(model)"
+    if nothing:
+        message = f"the gradient is exactly zero in {nothing} of {total} layers, {10.0 ** level[worst.reference]:.2g} at {where}"
+    else:
+        message = f"the gradient is {_power(ratio)} of that at {where}, in {layers} of {total} layers"
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _onset(history, window, worst),
         parameters=named(meta, window.layout.columns[places]),
-        message=f"the gradient is {_power(ratio)} of that at {reference.layer or '(model)'}, in {layers} of {total} layers",
+        message=message,
         evidence={
-            "ratio": ratio,
-            "grad_norm": 10.0 ** float(level[lowest]),
+            "ratio": 0.0 if nothing else ratio,
+            "grad_norm": _norm(level[lowest]),
             "reference_norm": 10.0 ** float(level[worst.reference]),
             "layers": layers,
             "layers_in_all": total,
-            "sharpest_drop": 10.0**-worst.drop,
+            "sharpest_drop": 0.0 if level[worst.start : worst.last + 1].max() <= NOTHING else 10.0**-worst.drop,
             "share_of_drop": worst.drop / worst.decades,
             "gain_there": float(gain) if np.isfinite(gain) else 1.0,
             "nodes": nodes if np.isfinite(nodes) else 0.0,
@@ -357,15 +370,16 @@ def _stuck(history: History, window: Window) -> Finding | None:
     places = np.flatnonzero(members(layout.layer[sick], layout.layers)[layout.layer])
     places = places[np.argsort(window.late[places], kind="stable")]
     worst = float(window.late[sick].min())
+    part = 0.0 if worst <= NOTHING else 10.0 ** (worst - peers)
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _stuck_since(history, window, sick, peers),
         parameters=named(history.meta, window.layout.columns[places]),
-        message=f"the gradient is {_power(10.0 ** (worst - peers))} of the largest and the weights do not move",
+        message=f"the gradient is {f'{_power(part)} of the largest' if part else 'exactly zero'} and the weights do not move",
         evidence={
-            "ratio": 10.0 ** (worst - peers),
-            "grad_norm": 10.0**worst,
+            "ratio": part,
+            "grad_norm": _norm(worst),
             "reference_norm": 10.0**peers,
             "update_ratio": float(np.nanmax(ratio[sick])),
         },
@@ -394,5 +408,9 @@ def _stuck_since(history: History, window: Window, sick: NDArray[np.bool_], peer
     return int(steps[min(well[-1] + 1, len(steps) - 1)])
 
 
+def _norm(level: float) -> float:
+    return 0.0 if level <= NOTHING else float(10.0**level)
+
+
 def _power(ratio: float) -> str:
-    return f"{ratio:.0e}" if ratio > 1e-37 else "less than 1e-37"
+    return f"{ratio:.0e}" if ratio > LEAST else f"less than {LEAST:.0e}"
