@@ -69,7 +69,7 @@ class GradWatch:
             gradients in place. None: nothing is clipped. A norm that is not finite clips nothing.
         on_nonfinite: "warn" tells of gradients that are not finite; "raise" raises `NonFiniteGradientError` before the weights change.
         rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
-        on_alert: called with each `Alert` that opens, grows worse or ends; one callable or several.
+        on_alert: called with each `Alert` that opens, is traced to its origin, grows worse or ends; one callable or several.
         on_step: called with the `StepRecord` of each closed update; one callable or several.
         console: True prints alerts and the verdict to stderr, a rich `Console` to itself, False nothing.
         sampling: how much is looked at, and how often.
