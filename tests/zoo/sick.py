@@ -105,7 +105,7 @@ def _(seed: int) -> Setup:
     return fit(model, classify(model, Blobs(seed)), torch.optim.SGD(model.parameters(), 0.1))
 
 
-@sick("saturated_sigmoid_gate_relu_net", VANISHING, ("body", "gate"))
+@sick("saturated_sigmoid_gate_relu_net", SATURATED, ("body", "gate"))
 def _(seed: int) -> Setup:
     class Net(nn.Module):
         def __init__(self) -> None:
