@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradwatch.capture import private, saturation
 from gradwatch.capture.parts import Activation, Part, Row
@@ -21,7 +21,7 @@ def find_functions(
     roots: Iterable[Any],
     parts: Sequence[Part],
     sample: Callable[[Tensor], Row | None],
-    peaks: Callable[[Tensor, int, int, float], list[Row]],
+    peaks: Callable[[Tensor, int, int, float, nn.Module | None], list[Row]],
     turn: int,
 ) -> int:
     """Add the activations that follow a module, and are none themselves, to the parts that they follow.
@@ -78,7 +78,7 @@ def _take(
     module: Any,
     attribute: str,
     sample: Callable[[Tensor], Row | None],
-    peaks: Callable[[Tensor, int, int, float], list[Row]],
+    peaks: Callable[[Tensor, int, int, float, nn.Module | None], list[Row]],
     turn: int,
 ) -> bool:
     try:
@@ -95,6 +95,6 @@ def _take(
     activation = Activation(module, given=None if is_output else row, out=row if is_output else None)
     fires = saturation.fires(module)
     if fires is not None:
-        activation.peaks = peaks(saved if is_output else module(saved), part.axis, turn, fires)
+        activation.peaks = peaks(saved, part.axis, turn, fires, None if is_output else module)
     part.activations.append(activation)
     return True

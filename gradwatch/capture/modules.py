@@ -408,11 +408,21 @@ class ModuleHooks:
             samples = self._samples[device] = Samples(device)
         return samples
 
-    def peaks(self, y: Tensor, axis: int, turn: int, fires: float) -> list[Row]:
-        """Rows that tell by how much each unit of an activation's output fired; 0 and less where it did not."""
+    def peaks(self, y: Tensor, axis: int, turn: int, fires: float, function: nn.Module | None = None) -> list[Row]:
+        """Rows that tell by how much each unit of an activation's output fired; 0 and less where it did not.
+
+        Args:
+            y: the output, or with `function` its input.
+            axis: of its units.
+            turn: number of the look.
+            fires: see `saturation.fires`.
+            function: the activation, where only its input is known.
+        """
         if y.dim() < 2 or y.is_complex() or y.numel() == 0:
             return []
         units = units_of(y, axis, turn)
+        if function is not None:
+            units = function(units)
         samples = self._samples_of(y)
         count = units.shape[1]
         if count <= WHOLE:
