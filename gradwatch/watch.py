@@ -208,7 +208,7 @@ class GradWatch:
         self._elapsed += time.perf_counter() - self._entered
         if self._recorder is not None:
             self._recorder.stop()
-            self._spent += self._recorder.modules.spent
+            self._spent += self._recorder.inside.hooks.spent
         self._recorder = None
         self._models = None
 

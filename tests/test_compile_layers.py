@@ -703,7 +703,7 @@ def test_behind_the_block_nothing_is_written_and_each_graph_is_compiled_once_mor
         watch.attach()
         go_on(model, forward, 10)
         graphs, runs = compiler.counts()["graphs"], compiler.runs
-        totals = [cell.traced.totals for cell in watch._recorder.modules.cells if cell.traced is not None]  # type: ignore[union-attr]
+        totals = [cell.traced.totals for cell in watch._recorder.inside.hooks.cells if cell.traced is not None]  # type: ignore[union-attr]
         watch.detach()
         before = torch.stack(totals)
         go_on(model, forward, 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.capture import acting, private, saturation
+from gradwatch.capture import acting, private
 from gradwatch.capture.acting import Act, Deliberate
-from gradwatch.capture.description import InitialFacts, describe, in_scope, kind_of
+from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import walk
-from gradwatch.capture.layers import statistics
-from gradwatch.capture.modules import ModuleHooks, Taken
+from gradwatch.capture.inside import Inside
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
-from gradwatch.capture.parameters import ParameterTable, dense, on_host, unwrap
+from gradwatch.capture.parameters import ParameterTable, dense, on_host
 from gradwatch.capture.scale import LossScale
 from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.walks import Walks
@@ -31,9 +30,6 @@ from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
 from gradwatch.records import GradState, Sampling
-
-_UNSEEN_AFTER = 3
-"""Records with full statistics that reached a module which was never seen to run, after which that is said."""
 
 _FROZEN_AFTER = 5
 """Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
@@ -84,14 +80,8 @@ class Recorder:
         self._initial = InitialFacts()
         self.scale = LossScale(scaler)
         self._walks = Walks(self.table)
-        self.modules = ModuleHooks(here, notice)
-        self._models = models
-        self._root_of: list[int] = []
-        self._late = self._unseen_told = False
-        self._unseen = np.zeros(0, np.int64)
-        self._functions: dict[str, str] = {}
-        self._run: dict[str, int] = {}
-        self._notice = notice
+        self.inside = Inside(models, self.table, sampling, here, notice)
+        self._late = False
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
         self._draft: Draft | None = None
@@ -118,12 +108,12 @@ class Recorder:
 
     def start(self) -> None:
         """Put hooks on modules; `stop` takes them out."""
-        self._scan_modules()
+        self.inside.scan()
         self._listen()
 
     def stop(self) -> None:
         """Nothing of the watch is left on the model."""
-        self.modules.remove()
+        self.inside.hooks.remove()
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
@@ -136,22 +126,22 @@ class Recorder:
         self._late = outcome is not None
         if outcome is not None:
             self._finish(outcome)
-        self.modules.begin_backward(roots)
+        self.inside.hooks.begin_backward(roots)
         self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
         reached = self.gradients.end()
-        self.modules.end_backward()
+        self.inside.hooks.end_backward()
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):
             self.scale.forget()
         record = self.clock.open
         fresh = [slot for slot in reached if slot not in self._draft.in_pre] if self._draft and self._draft.in_pre else reached
         read_here = record is None or record.evaluations == 1
         if read_here:
-            self._claim(reached)
-        elif self.modules.listening:
-            self.modules.forget()  # gradients and loss are those of a closure's first evaluation, and so is the rest
+            self.inside.claim(reached)
+        elif self.inside.hooks.listening:
+            self.inside.hooks.forget()  # gradients and loss are those of a closure's first evaluation, and so is the rest
         if reached and read_here and fresh:
             self._read(fresh)
         draft = self._draft
@@ -170,7 +160,7 @@ class Recorder:
         """The outermost backward raised."""
         self.clock.backward_failed()
         self.gradients.fail()
-        self.modules.forget()
+        self.inside.hooks.forget()
         self._dirty = self._draft is not None
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:
@@ -199,7 +189,7 @@ class Recorder:
         if act is Pre.READ:
             read = [slot for slot in record.reached if self._draft is None or slot not in self._draft.in_pre]
             self._read(read)
-            self._claim(read)
+            self.inside.claim(read)
             self._find_owners()
             if self._draft is not None:
                 self._draft.in_pre.update(read)
@@ -323,7 +313,7 @@ class Recorder:
             slots = {slot for slot, p in enumerate(self.table.params) if p.grad is not None}
             if slots:
                 self._read(sorted(slots))
-                self._claim(slots)
+                self.inside.claim(slots)
                 if self._draft is not None:
                     self.scale.give_to(self._draft)
             outcome = self.clock.by_hand(slots)
@@ -386,12 +376,6 @@ class Recorder:
         elif not self._versions:
             self._versions = [(slot, private.version(self.table.params[slot])) for slot in slots[:3]]
 
-    def _claim(self, reached: Collection[int]) -> None:
-        """What the models of these slots did in their forward passes belongs to the open record."""
-        if self.modules.listening:
-            every = reached is self.gradients.everything
-            self.modules.claim(range(len(self._models)) if every else {self._root_of[slot] for slot in reached})
-
     def _is_due(self, count: int) -> bool:
         """Whether full statistics are taken of a record when `count` of its kind went before."""
         return count < self._sampling.dense or count % self._sampling.every == 0
@@ -400,14 +384,12 @@ class Recorder:
         """Whether the forward pass of the next update is looked at. Where a record closes late, it runs before that."""
         counts = self._counts.values()
         due = not counts or any(self._is_due(count) or (self._late and self._is_due(count + 1)) for count in counts)
-        self.modules.listen(due)
+        self.inside.hooks.listen(due)
 
-    def _roots_of(self, record: Open, draft: Draft) -> set[int]:
-        """Numbers of the watched models of which the record is."""
-        if len(self._models) == 1:
-            return {0}
+    def _own(self, record: Open) -> set[int]:
+        """Slots of a record that are not foreign to it."""
         owner_of = self.owners.owner_of
-        return {self._root_of[slot] for slot in record.reached if slot not in owner_of or owner_of[slot] in record.stepped}
+        return {slot for slot in record.reached if slot not in owner_of or owner_of[slot] in record.stepped}
 
     def _cadence(self, slots: Iterable[int]) -> frozenset[int]:
         owner_of = self.owners.owner_of
@@ -552,12 +534,11 @@ class Recorder:
         self._dirty = False
         if record is None or draft is None:
             return
-        looked = self.modules.listening or self.modules.compiled
         if not outcome.is_record and draft.remote_loss:
             for slab in self._reader.slabs.values():
                 slab.clear()
-        if not outcome.is_record and looked:
-            self.modules.drop({self._root_of[slot] for slot in record.reached})
+        if not outcome.is_record:
+            self.inside.close(None, record.reached, ())
         if outcome is Outcome.UNFINISHED:
             self.unfinished += 1
             self._update_pending(record)
@@ -576,10 +557,7 @@ class Recorder:
                 self._take_told(draft)
             cadence = self._cadence(record.reached)
             self._counts[cadence] = self._counts.get(cadence, 0) + 1
-            if looked:
-                if draft.full:
-                    draft.taken = self.modules.take(self._roots_of(record, draft))
-                self.modules.drop({self._root_of[slot] for slot in record.reached})
+            self.inside.close(draft if draft.full else None, record.reached, self._own(record))
             self._listen()
             self._see_frozen()
             self._foreign_steps = self._unowned = 0
@@ -590,7 +568,7 @@ class Recorder:
                 for slab in self._reader.slabs.values():
                     slab.send()
                 if draft.taken is not None:
-                    self.modules.send()
+                    self.inside.hooks.send()
             else:
                 self._drain(force=True)
         self.weights.forget()
@@ -643,54 +621,9 @@ class Recorder:
         taken, draft.taken = draft.taken, None
         if taken is None:
             return None
-        self._note_facts(taken)
-        found = statistics(taken, self.modules.cells, len(self.table.modules), draft.scale)
-        self.modules.release(taken)
-        if taken.compiled and not self._unseen_told:
-            calls = found["calls"]
-            assert isinstance(calls, np.ndarray)
-            self._tell_unseen(draft, calls, taken.calls.keys())
-        return found
-
-    def _note_facts(self, taken: Taken) -> None:
-        """In which order modules run, and which are followed by an activation that is a function."""
-        names: list[str] | None = None
-        known = len(self._functions), len(self._run)
-        ran = {part.column for part in taken.parts}
-        if len(ran) > len(self._run):
-            names = list(self.table.modules)
-            for part in taken.parts:
-                self._run.setdefault(names[part.column], len(self._run))
-        for part in taken.parts:
-            for activation in part.activations:
-                if activation.out is not part.out:
-                    names = names or list(self.table.modules)
-                    self._functions.setdefault(names[part.column], saturation.shape(activation.module))
-        if (len(self._functions), len(self._run)) != known:
+        if self.inside.note(taken):
             self._describe()
-
-    def _tell_unseen(self, draft: Draft, calls: NDArray[np.float64], hooked: Collection[int]) -> None:
-        """Modules whose parameters backward passes reach though nobody ever saw them run: compiled without the hooks."""
-        if len(self._unseen) != len(calls):
-            self._unseen = np.zeros(len(calls), np.int64)
-        names = list(self.table.modules)
-        # What attention and recurrent modules hold they use themselves, without calling it.
-        alone = {name for name, module in self.table.modules.items() if kind_of(module) in ("attention", "recurrent")}
-        reached = {self.table.layers[slot] for slot in np.flatnonzero(draft.state & np.uint8(GradState.REACHED))}
-        for column in hooked:
-            if calls[column] > 0:
-                self._unseen[column] = -(2**31)
-            elif names[column] in reached and names[column].rpartition(".")[0] not in alone:
-                self._unseen[column] += 1
-        unseen = [f"`{names[column]}`" for column in np.flatnonzero(self._unseen >= _UNSEEN_AFTER)]
-        if unseen:
-            self._unseen_told = True
-            self._notice(
-                f"{len(unseen)} modules ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}) run in compiled code that does not "
-                "know the hooks of the watch: their activations are not seen, their gradients are. Code that was compiled before the watch "
-                "was attached, or while it looked away, learns of them by torch.compiler.reset(); or attach the watch before the first call. "
-                "Inside torch.func transforms and operators such as torch.cond they cannot be seen."
-            )
+        return self.inside.statistics(draft, taken)
 
     # -- facts ---------------------------------------------------------------------------------------------------------------------
 
@@ -704,25 +637,9 @@ class Recorder:
             ever_stepped=self._ever_stepped,
         )
 
-    def _scan_modules(self) -> None:
-        chosen = [
-            (module, column, self._root(name), kind_of(module))
-            for column, (name, module) in enumerate(self.table.modules.items())
-            if in_scope(name, self._sampling.include, self._sampling.exclude)
-        ]
-        roots = [unwrap(model) for model in self._models.values()]
-        wrapped = any(root is not model for root, model in zip(roots, self._models.values(), strict=True))
-        self.modules.scan(chosen, roots, compiled=wrapped)
-        self._root_of = [self._root(layer) for layer in self.table.layers]
-
-    def _root(self, layer: str) -> int:
-        """Number of the watched model that holds a module."""
-        return next((i for i, key in enumerate(self._models) if not key or layer == key or layer.startswith(key + ".")), 0)
-
     def _rescan(self) -> None:
         self.table.rescan()
-        if self.modules.cells:
-            self._scan_modules()
+        self.inside.rescan()
         self._reader = NormReader(self.table.params)
         self.gradients.resize(self.table.params, self._reader)
         self.weights = WeightSample(self.table.params)
@@ -749,7 +666,7 @@ class Recorder:
                 outside_in_model=self._walks.outside_in_model,
                 opaque=self._walks.opaque,
                 unreached=self._walks.unreached(),
-                functions=self._functions,
-                run=self._run,
+                functions=self.inside.functions,
+                run=self.inside.run,
             )
         )

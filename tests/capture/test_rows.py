@@ -19,7 +19,7 @@ ALWAYS = Sampling(dense=10**9)
 
 def hooks_of(watch: GradWatch) -> ModuleHooks:
     assert watch._recorder is not None
-    return watch._recorder.modules
+    return watch._recorder.inside.hooks
 
 
 def taken(hooks: ModuleHooks) -> int:
