@@ -27,6 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.capture.private import HOOK_DICTIONARIES
+
 T = TypeVar("T")
 
 
@@ -274,11 +276,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-# for private.py
-HOOK_DICTIONARIES = {
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-}
-"""The dictionaries of a module's forward hooks, by their names in its `__dict__`, and those that say more of a hook under its key."""

@@ -12,26 +12,15 @@ from numpy.typing import NDArray
 from gradwatch.capture import saturation
 from gradwatch.capture.modules import Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
+from gradwatch.records import STATISTICS
 
 DEAD_FROM, DEAD_WINDOW = 10, 32
 """A unit is dead that fired in none of the last 32 looks, or since the first where there were fewer, at least 10: 10 are what the
 earliest verdict can have seen, and a unit that fires for one input in a hundred (32 are looked at each time) is then silent by chance
 once in 25 cases, after 32 looks once in 30,000."""
 
-PER_LAYER = (
-    "calls",
-    "activation_rms",
-    "activation_absmax",
-    "activation_nonfinite",
-    "saturated_fraction",
-    "dead_fraction",
-    "delta_norm",
-    "delta_nonfinite",
-    "gain",
-)
+PER_LAYER = tuple(name for name, statistic in STATISTICS.items() if statistic.axis == "layer")
 """Names of the statistics, `[L]` each."""
-
-PER_INPUT = ("input_mean", "input_std", "input_nonfinite")
 
 
 _TINY = 1e-25

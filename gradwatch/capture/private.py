@@ -207,15 +207,19 @@ def forward_pre_hooks(module: torch.nn.Module) -> dict[int, Any]:
     return module._forward_pre_hooks
 
 
+HOOK_DICTIONARIES = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+"""The dictionaries of a module's forward hooks, by their names in its `__dict__`, and those that say more of a hook under its key."""
+
+
 def take_out_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
     """Remove forward hooks and forward pre-hooks, and what is noted of them elsewhere, as their handles would."""
-    for hooks, companions in (
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-    ):
-        for number in [number for number, hook in list(hooks.items()) if which(hook)]:
-            for table in (hooks, *companions):
-                table.pop(number, None)
+    for name, companions in HOOK_DICTIONARIES.items():
+        for number in [number for number, hook in list(getattr(module, name).items()) if which(hook)]:
+            for table in (name, *companions):
+                getattr(module, table).pop(number, None)
 
 
 def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:

@@ -563,12 +563,12 @@ class Recorder:
             self._foreign_steps = self._unowned = 0
             closed = Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
+            self._drain(force=True, before=closed)  # the copies that these records wait for give way to this one's
+            if draft.taken is not None:
+                self.inside.hooks.send()
             if self._on_the_way(closed):
-                self._drain(force=True, before=closed)
                 for slab in self._reader.slabs.values():
                     slab.send()
-                if draft.taken is not None:
-                    self.inside.hooks.send()
             else:
                 self._drain(force=True)
         self.weights.forget()
@@ -605,7 +605,8 @@ class Recorder:
         while self._queue and self._queue[0] is not before:
             closed = self._queue[0]
             if self._on_the_way(closed):
-                if not force and not all(slab.arrived() for slab in self._reader.slabs.values()):
+                arrived = all(slab.arrived() for slab in self._reader.slabs.values()) and self.inside.hooks.arrived()
+                if not force and not arrived:
                     return
                 self._land(closed.draft, still_there=False)
             self._queue.pop(0)

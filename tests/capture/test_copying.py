@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.capture import copying
-from gradwatch.capture.copying import HOOK_DICTIONARIES, Ours, enter, leave
+from gradwatch.capture.copying import Ours, enter, leave
+from gradwatch.capture.private import HOOK_DICTIONARIES
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 KEY = "ours"

@@ -100,15 +100,18 @@ def test_the_loops_still_have_these_signatures() -> None:
     assert list(inspect.signature(test_by_hand.test_weights_moved_by_hand).parameters) == ["update", "fault"]
 
 
+@pytest.mark.parametrize("clip", [None, 1e-2], ids=["watching", "acting"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_statistics_of_layers_are_the_same_over_the_copy(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_layers_are_the_same_over_the_copy(
+    micro_batches: int, clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     histories = []
     for host in ("cpu", "nowhere"):
         monkeypatch.setattr(parameters, "HOST", host)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 64), nn.Tanh(), nn.ReLU(), nn.Linear(64, 3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with GradWatch(model, console=False, sampling=Sampling(dense=12, every=5)) as watch:
+        with GradWatch(model, console=False, clip=clip, sampling=Sampling(dense=12, every=5)) as watch:
             for _ in range(25):
                 optimizer.zero_grad()
                 for _ in range(micro_batches):
@@ -117,5 +120,9 @@ def test_statistics_of_layers_are_the_same_over_the_copy(micro_batches: int, mon
         histories.append(watch.history)
     for name, statistic in STATISTICS.items():
         if statistic.axis == "layer" or name.startswith("input_"):
-            np.testing.assert_array_equal(histories[0].stat(name), histories[1].stat(name), err_msg=name)
+            here, sent = (history.stat(name) for history in histories)
+            if clip is None:
+                np.testing.assert_array_equal(here, sent, err_msg=name)
+            else:  # a norm that another kernel read clips by another coefficient, in the last digit
+                np.testing.assert_allclose(here, sent, rtol=1e-4, err_msg=name)
     assert np.isfinite(histories[1].stat("gain")).sum() == 5 * 14
