@@ -55,8 +55,11 @@ class LayerFact:
         order: rank of its first parameter in the order of execution, or None.
         role: "input", "hidden", "head" or "" while unknown.
         activation: for an activation its torch class name, else None.
-        flat: how the activation is flat that the module is, or that of the function behind it (`F.relu`, `torch.tanh`): "two-sided",
-            "one-sided" or "probability"; "" where it has no flat part and where it is not known.
+        flat: how the activation is flat that the module is, or that of the function behind it (`F.relu`, `torch.tanh`), or of a module
+            that stands behind others too: "two-sided", "one-sided" or "probability"; "" where it has no flat part and where it is not
+            known.
+        places: of an activation that stands in several places (one `nn.ReLU` used again and again), the modules with parameters that
+            run before it there. Its statistics are those of all places; those of each are told of the module before it.
         in_scope: not left out by `Sampling.include` and `exclude`.
         run: rank of its first call, in the order in which modules returned: a container comes after what it holds. None: it was not seen
             to run.
@@ -70,6 +73,7 @@ class LayerFact:
     activation: str | None = None
     in_scope: bool = True
     flat: str = ""
+    places: tuple[str, ...] = ()
     run: int | None = None
 
 

@@ -112,13 +112,14 @@ class Output:
 
 @dataclass
 class Call:
-    """One call of a module; `below`: gradients with respect to its first input."""
+    """One call of a module; `below`: gradients with respect to its first input; `after`: the module with parameters that ran last."""
 
     outputs: list[Output] = field(default_factory=list)
     below: list[Sample] = field(default_factory=list)
     flat: int = 0
     judged: int = 0
     fired: NDArray[np.bool_] | None = None
+    after: str | None = None
 
 
 class LayerReference:
@@ -151,7 +152,10 @@ class LayerReference:
         self._calls: dict[str, list[Call]] = {}
         self._inputs: list[Sample] = []
         self._looks: dict[str, int] = {}
-        self._fired: dict[str, NDArray[np.int64]] = {}
+        self._fired: dict[tuple[str, str | None], NDArray[np.int64]] = {}
+        self._looked: dict[tuple[str, str | None], int] = {}
+        self._behind: dict[str, set[str | None]] = {}
+        self._last: str | None = None
         self._scale = 1.0
         self._off, self._takes = 0, False
         self._stand_ins: dict[int, tuple[Tensor, int, Output]] = {}
@@ -236,6 +240,7 @@ class LayerReference:
     # -- inside --------------------------------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._last = None
         if not self._off and len(self._inputs) < CALLS:
             given = tensors_in([*args, *kwargs.values()])
             sample = Sample.of(given[0], whole=True) if given else None
@@ -262,7 +267,9 @@ class LayerReference:
         if self._off:
             return None
         calls = self._calls.setdefault(name, [])
-        call = Call(below=below)
+        call = Call(below=below, after=self._last)
+        if list(module.parameters()) and (not list(module.children()) or isinstance(module, nn.MultiheadAttention)):
+            self._last = name
         calls.append(call)
         if len(calls) > CALLS:
             return None
@@ -338,16 +345,36 @@ class LayerReference:
             ratio = below_squares / above_squares if above_squares else math.nan
             if math.isfinite(ratio):
                 row["gain"][name] = math.sqrt(ratio)
-        judged = sum(call.judged for call in calls)
-        if judged:
+        self._summarise_activation(row, name, calls)
+
+    def _summarise_activation(self, row: dict[str, Any], name: str, calls: list[Call]) -> None:
+        """What is behind one module and behind another is told of the two, besides what is told of the activation as a whole."""
+        behind = self._behind.setdefault(name, set())
+        behind |= {call.after for call in calls if call.judged or call.fired is not None}
+        groups = {after: [call for call in calls if call.after == after] for after in {call.after for call in calls}}
+        if judged := sum(call.judged for call in calls):
             row["saturated_fraction"][name] = sum(call.flat for call in calls) / judged
-        fired = [call.fired for call in calls if call.fired is not None]
-        if fired:
-            look = self._looks[name] = self._looks.get(name, 0) + 1
-            last = self._fired.setdefault(name, np.zeros(len(fired[0]), np.int64))
+        dead, units = 0, 0
+        for after, group in groups.items():
+            judged = sum(call.judged for call in group)
+            if judged and len(behind) > 1 and after is not None:
+                row["saturated_fraction"][after] = sum(call.flat for call in group) / judged
+            fired = [call.fired for call in group if call.fired is not None]
+            if not fired:
+                continue
+            key = name, after
+            look = self._looked[key] = self._looked.get(key, 0) + 1
+            last = self._fired.setdefault(key, np.zeros(len(fired[0]), np.int64))
             last[np.logical_or.reduce(fired)] = look
             if look >= DEAD_FROM:
-                row["dead_fraction"][name] = float((look - last >= min(look, DEAD_WINDOW)).mean())
+                here = int((look - last >= min(look, DEAD_WINDOW)).sum())
+                dead, units = dead + here, units + len(last)
+                if len(behind) > 1 and after is not None:
+                    row["dead_fraction"][after] = here / len(last)
+        if units:
+            row["dead_fraction"][name] = dead / units
+        if any(call.judged or call.fired is not None for call in calls):
+            self._looks[name] = self._looks.get(name, 0) + 1
 
 
 def tensors_in(output: Any) -> list[Tensor]:

@@ -124,6 +124,7 @@ def describe(
     opaque: bool = False,
     unreached: Iterable[int] = (),
     functions: Mapping[str, str] = MappingProxyType({}),
+    places: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     run: Mapping[str, int] = MappingProxyType({}),
 ) -> Meta:
     """The static facts of a run.
@@ -142,7 +143,8 @@ def describe(
         outside_in_model: paths of those found in a module's attributes.
         opaque: the graph hides something.
         unreached: slots that no graph reaches.
-        functions: layer -> how the activation is flat that follows it as a function.
+        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too.
+        places: activation that stands in several places -> the layers that it follows there.
         run: layer -> rank of its first call.
     """
     ranks = {slot: rank for rank, slot in enumerate(sorted(order, key=lambda slot: order[slot]))}
@@ -184,6 +186,7 @@ def describe(
                 role=role,
                 activation=type(module).__name__ if kind == "activation" else None,
                 flat=saturation.shape(module) or functions.get(name, ""),
+                places=places.get(name, ()),
                 run=run.get(name),
                 in_scope=in_scope(name, include, exclude),
             )

@@ -32,7 +32,8 @@ class Inside:
 
     Attributes:
         hooks: on the modules.
-        functions: layer -> how the activation is flat that follows it as a function.
+        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too.
+        places: activation that stands in several places -> the layers that it follows there.
         run: layer -> rank of its first call.
     """
 
@@ -47,6 +48,7 @@ class Inside:
         self._models, self._table, self._sampling, self._notice = models, table, sampling, notice
         self.hooks = ModuleHooks(here, notice)
         self.functions: dict[str, str] = {}
+        self.places: dict[str, tuple[str, ...]] = {}
         self.run: dict[str, int] = {}
         self._ran: set[int] = set()
         self._root_of: list[int] = []
@@ -103,8 +105,8 @@ class Inside:
     # -- what was seen -------------------------------------------------------------------------------------------------------------
 
     def note(self, taken: Taken) -> bool:
-        """Learn in which order modules run, and which are followed by an activation that is a function; whether there was something new."""
-        known = len(self.functions), len(self.run)
+        """Learn in which order modules run and which activation follows which, once `statistics` has; whether there was something new."""
+        known = len(self.functions), len(self.run), sum(map(len, self.places.values()))
         names: list[str] | None = None
         ran = {part.column for part in taken.parts}
         if not ran <= self._ran:
@@ -117,7 +119,13 @@ class Inside:
                 if activation.out is not part.out:
                     names = names or list(self._table.modules)
                     self.functions.setdefault(names[part.column], saturation.shape(activation.module))
-        return (len(self.functions), len(self.run)) != known
+        shared = [cell for cell in self.hooks.cells if cell.is_shared()]
+        for cell in shared:
+            names = names or list(self._table.modules)
+            self.places[names[cell.column]] = follows = tuple(names[place] for place in cell.places if place >= 0)
+            for name in follows:
+                self.functions.setdefault(name, saturation.shape(cell.module))
+        return (len(self.functions), len(self.run), sum(map(len, self.places.values()))) != known
 
     def statistics(self, draft: Draft, taken: Taken) -> Mapping[str, NDArray[np.float64] | float]:
         """The statistics of a record's layers; gives back what was taken."""

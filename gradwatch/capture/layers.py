@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from gradwatch.capture import saturation
-from gradwatch.capture.modules import Cell, Taken
+from gradwatch.capture.modules import FUNCTION, Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
+from gradwatch.capture.units import Units
 from gradwatch.records import STATISTICS
-
-DEAD_FROM, DEAD_WINDOW = 10, 32
-"""A unit is dead that fired in none of the last 32 looks, or since the first where there were fewer, at least 10: 10 are what the
-earliest verdict can have seen, and a unit that fires for one input in a hundred (32 are looked at each time) is then silent by chance
-once in 25 cases, after 32 looks once in 30,000."""
 
 PER_LAYER = tuple(name for name, statistic in STATISTICS.items() if statistic.axis == "layer")
 """Names of the statistics, `[L]` each."""
@@ -28,6 +25,9 @@ _TINY = 1e-25
 
 _AT_ONCE = 256
 """Rows that are worked on at a time: 1 MB, which stays in the second-level cache."""
+
+_PLACES = 16
+"""Places that are told apart of one activation; blocks that run in ever another order have more."""
 
 
 class _Table:
@@ -95,8 +95,9 @@ def statistics(taken: Taken, cells: Iterable[Cell], layers: int, scale: float) -
             column = np.array([part.column for part in parts], np.int64)
             _take_outputs(found, table, column, [place[id(part.out)] for part in parts], layers)
             _take_deltas(found, table, place, parts, column, layers, scale)
-            _take_activations(found, table, place, parts, layers)
-            _take_units(found, table, place, parts, {cell.column: cell for cell in cells})
+            seen = _activations(parts, {cell.column: cell for cell in cells})
+            _take_activations(found, table, place, seen, layers)
+            _take_units(found, table, place, seen, layers)
             _take_inputs(found, table, [place[id(row)] for row in taken.inputs])
         _take_compiled(found, taken.compiled)
     return found
@@ -150,29 +151,64 @@ def _take_deltas(
     found["gain"] = _where(np.isfinite(ratio), np.sqrt(ratio))
 
 
-def _take_activations(found: _Found, table: _Table, place: Mapping[int, int], parts: Sequence[Part], layers: int) -> None:
-    flat, count = np.zeros(layers), np.zeros(layers)
-    groups: dict[object, list[tuple[int, Activation]]] = {}
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What an activation did to one tensor, and where.
+
+    Attributes:
+        activation: what it did.
+        cell: of the activation, or of the module that a function follows.
+        place: where it stands (`Cell.places`).
+        also: column of another module that it is told of: of an activation that stands in several places, the one before it in this
+            one, as if it were a function. -1: none.
+    """
+
+    activation: Activation
+    cell: Cell
+    place: int
+    also: int
+
+
+def _activations(parts: Sequence[Part], cells: Mapping[int, Cell]) -> list[_Seen]:
+    found: list[tuple[Activation, Cell, int]] = []
     for part in parts:
-        for activation in part.activations:
-            groups.setdefault(_alike(activation), []).append((part.column, activation))
-    for group in groups.values():
-        one = group[0][1]
-        if one.given is None and (one.out is None or saturation.needs_input(one.module)):
+        cell = cells.get(part.column)
+        if cell is None:
             continue
-        at = [place[id(activation.out or activation.given)] for _, activation in group]
+        for activation in part.activations:
+            place = part.after if activation.out is part.out else FUNCTION
+            if place not in cell.places:
+                place = place if len(cell.places) < _PLACES else -1
+                cell.places.setdefault(place, Units())
+            found.append((activation, cell, place))
+    return [_Seen(activation, cell, place, place if cell.is_shared() else -1) for activation, cell, place in found]
+
+
+def _take_activations(found: _Found, table: _Table, place: Mapping[int, int], seen: Sequence[_Seen], layers: int) -> None:
+    flat, count = np.zeros(layers), np.zeros(layers)
+    groups: dict[object, list[_Seen]] = {}
+    for one in seen:
+        groups.setdefault(_alike(one.activation), []).append(one)
+    for group in groups.values():
+        first = group[0].activation
+        if first.given is None and (first.out is None or saturation.needs_input(first.module)):
+            continue
+        at = [place[id(one.activation.out or one.activation.given)] for one in group]
         y = torch.from_numpy(table.values[at])
-        x = y if one.given is None else torch.from_numpy(table.values[[place[id(activation.given)] for _, activation in group]])
-        if one.out is None:
-            y = one.module(x)  # a function saved its input only
-        mask = saturation.flat(one.module, x.reshape(-1), y.reshape(-1))
+        x = y if first.given is None else torch.from_numpy(table.values[[place[id(one.activation.given)] for one in group]])
+        if first.out is None:
+            y = first.module(x)  # a function saved its input only
+        mask = saturation.flat(first.module, x.reshape(-1), y.reshape(-1))
         if mask is None:
             continue
         width = table.values.shape[1]
         inside = np.arange(width) < table.count[at][:, None]
-        column = np.array([column for column, _ in group], np.int64)
-        flat += np.bincount(column, (mask.numpy().reshape(len(at), width) & inside).sum(axis=1), layers)
-        count += np.bincount(column, table.count[at], layers)
+        flats = (mask.numpy().reshape(len(at), width) & inside).sum(axis=1)
+        for column in ([one.cell.column for one in group], [one.also for one in group]):
+            told = np.array(column, np.int64)
+            known = told >= 0
+            flat += np.bincount(told[known], flats[known], layers)
+            count += np.bincount(told[known], table.count[at][known], layers)
     found["saturated_fraction"] = _where(count > 0, flat / count)
 
 
@@ -209,30 +245,30 @@ def _take_compiled(found: _Found, compiled: Mapping[int, NDArray[np.float64]]) -
                 arrays["saturated_fraction"][column] = flat / elements
 
 
-def _take_units(found: _Found, table: _Table, place: Mapping[int, int], parts: Sequence[Part], cells: Mapping[int, Cell]) -> None:
-    dead = found["dead_fraction"]
-    assert isinstance(dead, np.ndarray)
-    peaks: dict[int, NDArray[np.float32]] = {}
-    for part in parts:
-        for activation in part.activations:
-            if not activation.peaks:
-                continue
-            at = [place[id(row)] for row in activation.peaks]
-            units = table.values[at[0], : table.count[at[0]]]
-            if len(at) > 1:
-                units = np.concatenate([table.values[i, : table.count[i]] for i in at])
-            known = peaks.get(part.column)
-            if known is None or len(known) != len(units):
-                peaks[part.column] = units
-            else:
-                peaks[part.column] = np.maximum(known, units)
-    for column, units in peaks.items():
-        cell = cells.get(column)
-        if cell is None:
+def _take_units(found: _Found, table: _Table, place: Mapping[int, int], seen: Sequence[_Seen], layers: int) -> None:
+    peaks: dict[tuple[int, int], NDArray[np.float32]] = {}
+    for one in seen:
+        if not one.activation.peaks:
             continue
-        if len(cell.fired) != len(units):
-            cell.fired, cell.looks = np.zeros(len(units), np.int64), 0
+        at = [place[id(row)] for row in one.activation.peaks]
+        units = table.values[at[0], : table.count[at[0]]]
+        if len(at) > 1:
+            units = np.concatenate([table.values[i, : table.count[i]] for i in at])
+        known = peaks.get((one.cell.column, one.place))
+        if known is not None and len(known) == len(units):
+            units = np.maximum(known, units)
+        peaks[one.cell.column, one.place] = units
+    dead, count = np.zeros(layers), np.zeros(layers)
+    for cell, where, also in dict.fromkeys((one.cell, one.place, one.also) for one in seen):
+        if (cell.column, where) not in peaks:
+            continue
+        units_there = cell.places[where]
+        units_there.see(peaks[cell.column, where])
+        silent = units_there.dead()
+        if silent is not None:
+            for column in (cell.column, also) if also >= 0 else (cell.column,):
+                dead[column] += np.count_nonzero(silent)
+                count[column] += len(silent)
+    for cell in {one.cell for one in seen}:
         cell.looks += 1
-        cell.fired[~(units <= 0)] = cell.looks  # what is not a number is not dead
-        if cell.looks >= DEAD_FROM:
-            dead[column] = float((cell.looks - cell.fired >= min(cell.looks, DEAD_WINDOW)).mean())
+    found["dead_fraction"] = _where(count > 0, dead / count)

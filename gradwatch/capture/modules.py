@@ -25,9 +25,10 @@ from gradwatch.capture import copying, private, saturation
 from gradwatch.capture.copying import Ours
 from gradwatch.capture.functional import find_functions
 from gradwatch.capture.parameters import as_real
-from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in, units_of
+from gradwatch.capture.parts import Activation, Delta, Part, Row, tensors_in
 from gradwatch.capture.samples import WHOLE, Samples
 from gradwatch.capture.traced import Totals, Traced
+from gradwatch.capture.units import Units, units_of
 
 CALLS = 8
 """Calls of one module that are sampled in one record, the first ones; all are counted. It bounds what an update of many micro-batches
@@ -35,6 +36,9 @@ holds: 8 KB a call."""
 
 LOOKS = 4
 """Graphs in a row without an activation that is a function, after which no more are walked: GANs and their like have two or three."""
+
+FUNCTION = -2
+"""In place of a module's column: an activation that is no module."""
 
 _HIDING = (nn.Linear, nn.Bilinear, nn.LSTM, nn.GRU, nn.RNN)
 
@@ -51,11 +55,13 @@ class Cell(Ours):
         kind: what it is (`description.kind_of`).
         changes: it works in place.
         hides: where its output is a view, then of a tensor that nobody else sees.
+        holds: it has parameters of its own, and is no container.
         calls: since the last record that took them.
         claimed: how many of those belong to the open record.
         late: it came during the update at hand, which knows only some of its calls.
         looks: records in which its units were looked at.
-        fired: int64 `[U]`, the last of them in which each unit fired.
+        places: units in each of the places where the activation stands that it is, by the column of the module that runs before it
+            there (`Part.after`); `FUNCTION`: those of a function that follows it.
         traced: what compiled code writes into; None where none could.
     """
 
@@ -65,15 +71,16 @@ class Cell(Ours):
         "changes",
         "claimed",
         "column",
-        "fired",
         "fires",
         "flat",
         "hides",
+        "holds",
         "kind",
         "late",
         "looks",
         "module",
         "needs_input",
+        "places",
         "root",
         "traced",
     )
@@ -86,10 +93,15 @@ class Cell(Ours):
         self.fires = saturation.fires(module)
         self.changes = bool(getattr(module, "inplace", False))
         self.hides = type(module) in _HIDING
+        self.holds = kind != "container" and next(module.parameters(), None) is not None
         self.calls = self.claimed = self.looks = 0
         self.late = False
         self.traced: Traced | None = None
-        self.fired: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.places: dict[int, Units] = {}
+
+    def is_shared(self) -> bool:
+        """Whether it is an activation that stands in several places of the model."""
+        return len(self.places) > 1 + (FUNCTION in self.places)
 
     @private.never_a_frame
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -182,6 +194,7 @@ class ModuleHooks:
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Part]] = {}
         self._parts: list[list[Part]] = []
         self._claimed: list[int] = []
+        self._last = -1
         self._inputs: list[list[Row]] = []
         self._claimed_inputs: list[int] = []
         self._touched: list[nn.Module] = []
@@ -212,9 +225,11 @@ class ModuleHooks:
             cell.late = cell.late or (bool(known) and id(module) not in known and self.listening)
             by_module[id(module)] = cell
         self.cells = list(by_module.values())
+        now = {column: cell.column if id(cell.module) in by_module else -1 for column, cell in before.items()}  # -1: it is gone
         for part in (part for parts in self._parts for part in parts):
-            # -1: its module is gone.
-            part.column = before[part.column].column if id(before[part.column].module) in by_module else -1
+            part.column, part.after = now[part.column], now.get(part.after, -1)
+        for cell in self.cells:
+            cell.places = {now.get(place, place): units for place, units in cell.places.items()}
         for i, model in enumerate(roots):
             if id(model) not in by_module:
                 by_module[id(model)] = Cell(self, model, -1, i, "container")
@@ -307,7 +322,7 @@ class ModuleHooks:
         """A watched model is called with `given`."""
         if self.entered is not None:
             self._forget((self.entered.root,))
-        self.inside, self.entered, self.thread = self.ready(), cell, get_ident()
+        self.inside, self.entered, self.thread, self._last = self.ready(), cell, get_ident(), -1
         if self.inside and len(self._inputs[cell.root]) < CALLS and private.is_ordinary():
             for tensor in tensors_in(given)[:1]:
                 row = self._sample(tensor.detach(), whole=True)
@@ -318,6 +333,7 @@ class ModuleHooks:
         """The watched model has returned, or it will not any more."""
         self.inside = self.entered = None
         self._made.clear()
+        self._last = -1
 
     def called(self, cell: Cell, args: tuple[Any, ...], output: Any) -> None:
         """A module has returned `output`."""
@@ -325,6 +341,9 @@ class ModuleHooks:
         if outputs and outputs[0].is_meta:
             return
         cell.calls += 1
+        after = self._last
+        if cell.holds:
+            self._last = cell.column
         if cell.calls > CALLS:
             return
         given = tensors_in(args[0]) if args else None
@@ -336,6 +355,7 @@ class ModuleHooks:
             part = self._part(cell, tensor, source, before)
             if part is None:
                 continue
+            part.after = after
             if i == 0 and source is not None and part.above is not None:
                 if before is not None and before.above is not None:
                     part.below = before.above

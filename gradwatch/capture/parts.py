@@ -16,9 +16,6 @@ from gradwatch.capture.samples import Samples
 TENSORS = 4
 """Tensors of one nested output that are described, the first ones: what comes after hidden states and caches is their copies."""
 
-MAX_UNITS = 4096
-"""Units of one layer that are followed, the first ones."""
-
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -146,6 +143,7 @@ class Part:
         node: sequence number of the autograd node that made the tensor; -1: none.
         leaf: its module is no container.
         readable: what the graph saved behind it may be read: nobody's hooks pack it.
+        after: column of the module with parameters, no container, that returned last before this one; -1: none.
         activations: the module, if it is one, or the functions that follow it.
     """
 
@@ -158,6 +156,7 @@ class Part:
     node: int = -1
     leaf: bool = True
     readable: bool = True
+    after: int = -1
     activations: list[Activation] = field(default_factory=list)
 
     def deltas(self) -> list[Delta]:
@@ -203,31 +202,3 @@ def _collect(things: Iterable[Any], found: list[Tensor], scalars: list[Tensor], 
                 _collect(thing.values(), found, scalars, depth - 1)
             elif is_dataclass(thing) and not isinstance(thing, type):
                 _collect(vars(thing).values(), found, scalars, depth - 1)
-
-
-def units_of(y: Tensor, axis: int, turn: int) -> Tensor:
-    """`[N, U]`: what each unit put out for a bounded part of the batch, another part at each turn.
-
-    Args:
-        y: an activation's output, detached, real, of at least two dimensions.
-        axis: of its units: 1, else the last.
-        turn: number of the look.
-    """
-    if axis == 1 and y.dim() > 2:
-        y = _some(y, 0, 8, turn)[:, :MAX_UNITS]
-        y = _some(y.flatten(2), 2, 64, turn).transpose(1, 2)
-        return y.reshape(-1, y.shape[2])
-    if y.dim() > 2:
-        y = y.reshape(-1, y.shape[-1])
-    y = _some(y, 0, 32, turn)
-    return y[:, :MAX_UNITS] if y.shape[1] > MAX_UNITS else y
-
-
-def _some(y: Tensor, dim: int, wanted: int, turn: int) -> Tensor:
-    """About `wanted` places of a dimension, evenly spread; others at each turn."""
-    size = y.shape[dim]
-    if size <= wanted:
-        return y
-    step = -(-size // wanted)
-    index = [slice(None)] * dim + [slice(turn % step, None, step)]
-    return y[tuple(index)]

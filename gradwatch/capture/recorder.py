@@ -622,9 +622,10 @@ class Recorder:
         taken, draft.taken = draft.taken, None
         if taken is None:
             return None
+        found = self.inside.statistics(draft, taken)
         if self.inside.note(taken):
             self._describe()
-        return self.inside.statistics(draft, taken)
+        return found
 
     # -- facts ---------------------------------------------------------------------------------------------------------------------
 
@@ -668,6 +669,7 @@ class Recorder:
                 opaque=self._walks.opaque,
                 unreached=self._walks.unreached(),
                 functions=self.inside.functions,
+                places=self.inside.places,
                 run=self.inside.run,
             )
         )

@@ -85,12 +85,15 @@ def kinds_in(evidence: Mapping[str, float]) -> list[Kind]:
 class _Inner:
     """The modules that hold no others, N of them, in the order of execution.
 
+    An activation that stands in several places is not one of them: what it does in each is told as that of a function.
+
     Attributes:
         layers: `[N]`, columns.
         rank: `[N]`, ranks of the execution, rising.
         names: of the K classes.
         kind: `[N]`, number of its class.
         plain: `[N]`, is no activation itself.
+        follower: `[N]`, what the activation is called that stands behind it.
     """
 
     layers: NDArray[np.int64]
@@ -98,17 +101,21 @@ class _Inner:
     names: tuple[str, ...]
     kind: NDArray[np.int64]
     plain: NDArray[np.bool_]
+    follower: tuple[str, ...]
 
 
 def _inner(meta: Meta) -> _Inner:
     kept = meta.derived.get(_Inner)
     if kept is None:
         execution = execution_of(meta)
-        layers = execution.sorted(np.flatnonzero(execution.inner))
+        once = np.array([not fact.places for fact in meta.layers], bool)
+        layers = execution.sorted(np.flatnonzero(execution.inner & once))
         number: dict[str, int] = {}
         kind = np.array([number.setdefault(meta.layers[i].type, len(number)) for i in layers], np.int64)
         plain = np.array([meta.layers[i].activation is None for i in layers], bool)
-        kept = meta.derived[_Inner] = _Inner(layers, execution.rank[layers], tuple(number), kind, plain)
+        shared = {feeder: fact.type for fact in meta.layers for feeder in fact.places}
+        follower = tuple(shared.get(meta.layers[i].name, FUNCTION) for i in layers)
+        kept = meta.derived[_Inner] = _Inner(layers, execution.rank[layers], tuple(number), kind, plain, follower)
     inner: _Inner = kept
     return inner
 
@@ -129,7 +136,7 @@ def _kinds_between(history: History, lower: int, upper: int) -> list[Kind]:
     told[0] = False  # the gain of the lower one lies below its output, and is none of its business
     count = np.bincount(kind[told], minlength=len(inner.names))
     decades = np.bincount(kind[told], gain[told], len(inner.names))
-    kinds = [Kind(inner.names[i], int(count[i]), float(decades[i])) for i in np.flatnonzero(count)]
+    kinds = {inner.names[i]: Kind(inner.names[i], int(count[i]), float(decades[i])) for i in np.flatnonzero(count)}
     # Between a module that a function follows and the next one lies what that does.
     flat = history.recent("saturated_fraction", BACK)[last, way]
     function = np.flatnonzero(inner.plain[start:stop] & np.isfinite(flat + delta))
@@ -137,5 +144,9 @@ def _kinds_between(history: History, lower: int, upper: int) -> list[Kind]:
         known = np.flatnonzero(np.isfinite(gain + delta))
         behind = np.searchsorted(known, function, side="right")
         function, above = function[behind < len(known)], known[behind[behind < len(known)]]
-        kinds.append(Kind(FUNCTION, len(function), float((delta[function] - delta[above] - gain[above]).sum())))
-    return kinds if all(kind.count and np.isfinite(kind.decades) for kind in kinds) else []
+        passed = delta[function] - delta[above] - gain[above]
+        for i, decades_there in zip(function.tolist(), passed.tolist(), strict=True):
+            name = inner.follower[start + i]
+            other = kinds.get(name, Kind(name, 0, 0.0))
+            kinds[name] = Kind(name, other.count + 1, other.decades + decades_there)
+    return list(kinds.values()) if all(np.isfinite(kind.decades) for kind in kinds.values()) else []

@@ -407,6 +407,82 @@ def test_a_module_used_several_times(times: int) -> None:
     assert watch.history.stat("calls")[:, 2].tolist() == [times] * 4
 
 
+class OneActivation(nn.Module):
+    """One activation behind every layer, whatever its width, and twice behind the first."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act, self.drop = act, nn.Dropout(0.1)
+        self.fc1, self.fc2, self.fc3, self.head = nn.Linear(12, 48), nn.Linear(48, 40), nn.Linear(40, 24), nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.drop(self.act(self.fc1(x))))
+        x = self.act(self.drop(self.fc2(x)))
+        return self.head(self.act(self.fc3(x)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+def test_one_activation_in_several_places_is_told_of_each(act: type[nn.Module]) -> None:
+    def loop(model: nn.Module, reference: Any) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(14):
+            optimizer.zero_grad()
+            for _ in range(2):
+                reference.backward(squares(model(rand(30, 12))))
+            optimizer.step()
+            reference.close()
+
+    watch = compare(lambda: OneActivation(act()), loop)
+    told = watch.history.stat("dead_fraction" if act is nn.ReLU else "saturated_fraction")[-1]
+    assert np.isfinite(told).tolist() == [name in ("act", "fc1", "fc2", "fc3") for name in watch.history.layers]
+    facts = {fact.name: fact for fact in watch.history.meta.layers}
+    assert facts["act"].places == ("fc1", "fc2", "fc3")
+    assert facts["fc2"].flat == facts["act"].flat != "" == facts["head"].flat
+
+
+class Basic(nn.Module):
+    """As torchvision writes its residual blocks: one ReLU in place, behind either sum."""
+
+    def __init__(self, channels: int, down: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.down = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if down else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.down is None else self.down(x)
+        return self.relu(out)
+
+
+def test_residual_blocks_with_one_activation_each() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), Basic(8, False), Basic(8, True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+    watch = compare(
+        build, steps(lambda model, i: squares(model(rand(12, 3, 14, 14))), updates=12), channels=("1.relu", "2.relu")
+    )
+    facts = {fact.name: fact for fact in watch.history.meta.layers}
+    assert facts["1.relu"].places == ("1.bn1", "1.bn2") and facts["2.relu"].places == ("2.bn1", "2.down.1")
+
+
+def test_an_activation_behind_one_layer_stands_in_one_place_however_often_it_runs() -> None:
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.mix, self.act, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros(len(x), 16)
+            for t in range(5):
+                h = self.act(self.read(x[:, t]) + self.mix(h))
+            return self.head(h)
+
+    watch = compare(Unrolled, steps(lambda model, i: squares(model(rand(20, 5, 6))), updates=12))
+    assert next(fact for fact in watch.history.meta.layers if fact.name == "act").places == ()
+
+
 class Wide(nn.Module):
     """Layouts of all kinds, each larger than a sample."""
 

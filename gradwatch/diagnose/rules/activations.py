@@ -83,7 +83,8 @@ def dead_units(history: History) -> Iterator[Finding]:
 
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
     least `DEAD` and `FLAT_TOO` of its output is flat; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
-    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first.
+    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
+    activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
     """
@@ -104,12 +105,13 @@ def dead_units(history: History) -> Iterator[Finding]:
         return
     layers = looks.layers
     share = np.where(silent[layers], 1.0, dead[layers])
+    names, called = _named(history, layers)
     yield Finding(
         "dead_units",
         Severity.WARNING,
         looks.run(np.where(sick[layers], FLAT_TOO, SILENT)).since(looks),
-        layers=tuple(history.layers[i] for i in layers),
-        message=f"{float(share.min()):.0%} of the units of {_called(history, layers)} fire for no input",
+        layers=names,
+        message=f"{float(share.min()):.0%} of the units of {called} fire for no input",
         evidence={"dead_fraction": float(share.min()), "saturated_fraction": float(flat[layers].min()), "layers": len(layers)},
     )
 
@@ -153,12 +155,13 @@ def saturated_activation(history: History) -> Iterator[Finding]:
         return
     share, gain = float(looks.usual(looks.share)[0]), float(looks.usual(looks.gain)[0])
     function = history.meta.layers[looks.layers[0]].activation is None
+    names, called = _named(history, looks.layers)
     yield Finding(
         "saturated_activation",
         Severity.WARNING,
         looks.run(FROM_START).since(looks),
-        layers=tuple(history.layers[i] for i in looks.layers),
-        message=f"{share:.0%} of the outputs of {_called(history, looks.layers)} lie where it is flat"
+        layers=names,
+        message=f"{share:.0%} of the outputs of {called} lie where it is flat"
         + ("" if function else f", and {gain:.2g} of the gradient passes"),
         evidence={
             "saturated_fraction": share,
@@ -356,7 +359,24 @@ def _input_std(history: History) -> float:
     return float(np.nanmedian(std)) if np.isfinite(std).any() else float("nan")
 
 
-def _called(history: History, layers: NDArray[np.int64]) -> str:
-    """The first by name, the others by number."""
-    first = history.layers[layers[0]] or "(model)"
-    return first if len(layers) == 1 else f"{first} and {len(layers) - 1} more"
+def _named(history: History, layers: NDArray[np.int64]) -> tuple[tuple[str, ...], str]:
+    """The names of sick activations, and what they are called in a message: the first by name, the others by number.
+
+    Of one that stands in several places its own name comes first, then that of the module before it where it is sick, for which the
+    statistics of the place are told.
+    """
+    shared = {feeder: fact.name for fact in history.meta.layers if fact.places for feeder in fact.places}
+    names: dict[str, None] = {}
+    called: dict[str, None] = {}
+    for i in layers.tolist():
+        fact = history.meta.layers[i]
+        activation = shared.get(fact.name)
+        if activation is not None:
+            names |= {activation: None, fact.name: None}
+            called[f"{activation} behind {fact.name or '(model)'}"] = None
+        else:
+            names[fact.name] = None
+            if not fact.places or not set(fact.places) & {history.layers[j] for j in layers}:
+                called[fact.name or "(model)"] = None
+    first, *more = called
+    return tuple(names), f"{first} and {len(more)} more" if more else first
