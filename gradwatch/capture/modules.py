@@ -51,6 +51,7 @@ class Cell(Ours):
     Attributes:
         module: the module.
         column: its column in the history; -1 where it is not in scope.
+        end: the last column of what it holds.
         root: number of the watched model that it belongs to.
         kind: what it is (`description.kind_of`).
         changes: it works in place.
@@ -71,6 +72,7 @@ class Cell(Ours):
         "changes",
         "claimed",
         "column",
+        "end",
         "fires",
         "flat",
         "hides",
@@ -88,6 +90,7 @@ class Cell(Ours):
     def __init__(self, hooks: ModuleHooks, module: nn.Module, column: int, root: int, kind: str) -> None:
         self._hooks: ModuleHooks | None = hooks
         self.module, self.column, self.root, self.kind = module, column, root, kind
+        self.end = column
         self.flat = saturation.shape(module) != ""
         self.needs_input = self.flat and saturation.needs_input(module)
         self.fires = saturation.fires(module)
@@ -224,6 +227,9 @@ class ModuleHooks:
             cell.column, cell.root = column, root
             cell.late = cell.late or (bool(known) and id(module) not in known and self.listening)
             by_module[id(module)] = cell
+        for cell in by_module.values():
+            held = [by_module[id(module)].column for module in cell.module.modules() if id(module) in by_module]
+            cell.end = max(held)
         self.cells = list(by_module.values())
         now = {column: cell.column if id(cell.module) in by_module else -1 for column, cell in before.items()}  # -1: it is gone
         for part in (part for parts in self._parts for part in parts):
@@ -356,13 +362,28 @@ class ModuleHooks:
             if part is None:
                 continue
             part.after = after
+            part.changed = before if in_place else None
             if i == 0 and source is not None and part.above is not None:
-                if before is not None and before.above is not None:
+                if before is not None and cell.column < before.column <= cell.end:
+                    # What the container was given has been changed in place by what it holds.
+                    part.below = _first_change(before, cell).below
+                elif before is not None and before.above is not None:
                     part.below = before.above
-                elif source.grad_fn is not None and not in_place:  # else what it was given is not there any more
-                    part.below, part.own = self._delta(source), (part.own[0], True)
+                elif source.grad_fn is not None:
+                    self._ask_below(part, cell, source, in_place)
             self._parts[cell.root].append(part)
             self._made[id(tensor)] = (weakref.ref(tensor), private.version_or_zero(tensor), part)
+
+    def _ask_below(self, part: Part, cell: Cell, source: Tensor, in_place: bool) -> None:
+        delta = Delta(self._sample_delta, self._fail)
+        if not in_place:
+            delta.ask(source)
+        elif cell.changes and cell.kind == "activation" and private.base(source) is None:
+            # What it was given is not there any more; what made it is.
+            delta.ask_node(*source.grad_fn.next_functions[0])  # type: ignore[union-attr]
+        else:
+            return
+        part.below, part.own = delta, (part.own[0], True)
 
     def _part(self, cell: Cell, tensor: Tensor, source: Tensor | None, before: Part | None) -> Part | None:
         child = None if tensor is source else self._maker(tensor)
@@ -558,3 +579,10 @@ class ModuleHooks:
     def drop(self, roots: Iterable[int]) -> None:
         """Forget what these models did in the record that closes."""
         self.release(self.take(roots, observe=False))
+
+
+def _first_change(part: Part, container: Cell) -> Part:
+    """The part of the first module in a container that changed the container's input in place."""
+    while part.changed is not None and container.column < part.changed.column <= container.end:
+        part = part.changed
+    return part

@@ -78,6 +78,21 @@ class Delta:
             hooks = ((tensor, self._passes), (base, self._passes_base))
         self._handles = [each.register_hook(hook) for each, hook in hooks]  # type: ignore[no-untyped-call]
 
+    def ask_node(self, node: Any, number: int) -> None:
+        """Have the gradient sampled with respect to an output of an autograd node, of which no tensor is left.
+
+        Args:
+            node: it.
+            number: of the output.
+        """
+
+        def look(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[number]
+            if grad is not None:
+                self._look(grad)
+
+        self._handles = [node.register_prehook(look)]
+
     def withdraw(self) -> None:
         """Ask no more."""
         for handle in self._handles:
@@ -144,6 +159,7 @@ class Part:
         leaf: its module is no container.
         readable: what the graph saved behind it may be read: nobody's hooks pack it.
         after: column of the module with parameters, no container, that returned last before this one; -1: none.
+        changed: the part that the tensor was before the module changed it in place; None: it did not, or nobody knows.
         activations: the module, if it is one, or the functions that follow it.
     """
 
@@ -157,6 +173,7 @@ class Part:
     leaf: bool = True
     readable: bool = True
     after: int = -1
+    changed: Part | None = None
     activations: list[Activation] = field(default_factory=list)
 
     def deltas(self) -> list[Delta]:
