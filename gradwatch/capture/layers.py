@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gradwatch.capture import saturation
-from gradwatch.capture.modules import FUNCTION, Cell, Taken
+from gradwatch.capture.modules import FUNCTION, PLACES, Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
 from gradwatch.capture.units import Units
 from gradwatch.records import STATISTICS
@@ -25,9 +25,6 @@ _TINY = 1e-25
 
 _AT_ONCE = 256
 """Rows that are worked on at a time: 1 MB, which stays in the second-level cache."""
-
-_PLACES = 16
-"""Places that are told apart of one activation; blocks that run in ever another order have more."""
 
 
 class _Table:
@@ -178,7 +175,7 @@ def _activations(parts: Sequence[Part], cells: Mapping[int, Cell]) -> list[_Seen
         for activation in part.activations:
             place = part.after if activation.out is part.out else FUNCTION
             if place not in cell.places:
-                place = place if len(cell.places) < _PLACES else -1
+                place = place if len(cell.places) < PLACES else -1
                 cell.places.setdefault(place, Units())
             found.append((activation, cell, place))
     return [_Seen(activation, cell, place, place if cell.is_shared() else -1) for activation, cell, place in found]

@@ -31,8 +31,11 @@ from gradwatch.capture.traced import Totals, Traced
 from gradwatch.capture.units import Units, units_of
 
 CALLS = 8
-"""Calls of one module that are sampled in one record, the first ones; all are counted. It bounds what an update of many micro-batches
-holds: 8 KB a call."""
+"""Calls of one module that are sampled in one record, the first ones, and of an activation in each of its places; all are counted. It
+bounds what an update of many micro-batches holds: 8 KB a call."""
+
+PLACES = 64
+"""Places that are told apart of one activation; blocks that run in ever another order have more."""
 
 LOOKS = 4
 """Graphs in a row without an activation that is a function, after which no more are walked: GANs and their like have two or three."""
@@ -63,6 +66,7 @@ class Cell(Ours):
         looks: records in which its units were looked at.
         places: units in each of the places where the activation stands that it is, by the column of the module that runs before it
             there (`Part.after`); `FUNCTION`: those of a function that follows it.
+        sampled: calls since the last record, in each of those places.
         traced: what compiled code writes into; None where none could.
     """
 
@@ -84,6 +88,7 @@ class Cell(Ours):
         "needs_input",
         "places",
         "root",
+        "sampled",
         "traced",
     )
 
@@ -101,6 +106,20 @@ class Cell(Ours):
         self.late = False
         self.traced: Traced | None = None
         self.places: dict[int, Units] = {}
+        self.sampled: dict[int, int] = {}
+
+    def is_sampled(self, after: int) -> bool:
+        """Whether its call that has just been counted is sampled.
+
+        Args:
+            after: see `Part.after`.
+        """
+        if not self.flat:
+            return self.calls <= CALLS
+        if after not in self.sampled and len(self.sampled) >= PLACES:
+            return False
+        self.sampled[after] = count = self.sampled.get(after, 0) + 1
+        return count <= CALLS
 
     def is_shared(self) -> bool:
         """Whether it is an activation that stands in several places of the model."""
@@ -350,7 +369,7 @@ class ModuleHooks:
         after = self._last
         if cell.holds:
             self._last = cell.column
-        if cell.calls > CALLS:
+        if not cell.is_sampled(after):
             return
         given = tensors_in(args[0]) if args else None
         source = given[0] if given else None
@@ -523,6 +542,8 @@ class ModuleHooks:
         for cell in self.cells:
             if cell.root in roots:
                 cell.calls = cell.claimed
+                if not cell.calls:
+                    cell.sampled.clear()
         if self.compiled:
             self._totals.clear(roots)
 
@@ -548,6 +569,8 @@ class ModuleHooks:
                 if not cell.late:
                     taken.calls[cell.column] = cell.claimed
                 cell.calls, cell.claimed, cell.late = cell.calls - cell.claimed, 0, False
+                if not cell.calls:
+                    cell.sampled.clear()
         if self._is_compiled():
             taken.compiled = self._totals.take(roots, observe)
         return taken

@@ -465,6 +465,21 @@ class Basic(nn.Module):
         return self.relu(out)
 
 
+def test_an_activation_behind_more_layers_than_calls_are_sampled_of_a_module() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fcs, self.act = nn.ModuleList(nn.Linear(12, 12) for _ in range(12)), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for fc in self.fcs:
+                x = self.act(fc(x))
+            return x
+
+    watch = compare(Deep, steps(lambda model, i: squares(model(rand(30, 12)))))
+    assert len(next(fact for fact in watch.history.meta.layers if fact.name == "act").places) == 12
+
+
 def test_residual_blocks_with_one_activation_each() -> None:
     def build() -> nn.Module:
         return nn.Sequential(
