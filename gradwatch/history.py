@@ -105,6 +105,7 @@ class History:
         baselines: running baselines, shared by rules.
         pending: what happened since the last closed record.
         ended: the watched block is being left: rules judge what they have.
+        full: the last record has full statistics (`Sampling`).
     """
 
     meta: Meta
@@ -112,6 +113,7 @@ class History:
     baselines: Baselines = field(default_factory=lambda: Baselines(0))
     pending: Pending = field(default_factory=Pending)
     ended: bool = False
+    full: bool = False
     max_bytes: int = MAX_BYTES
 
     def __post_init__(self) -> None:
@@ -212,17 +214,25 @@ class History:
     def append(self, row: NDArray[Any]) -> None:
         """Take a closed record; its number is `recorded` before the call."""
         self._ring.append(row)
-        self.baselines.update(row, self.recorded - 1)
+        self._take(row, any(bool((row[name] == row[name]).any()) for name in _FULL))
 
     def next_row(self) -> NDArray[Any]:
         """The row of the next record, blank, to be written in place (no copy: 10 us less) and then committed."""
         self._next = self._ring.next(self._blank_bytes())
         return self._next
 
-    def commit(self) -> None:
-        """The record in the row that `next_row` gave has closed; its number is `recorded` before the call."""
+    def commit(self, full: bool) -> None:
+        """The record in the row that `next_row` gave has closed; its number is `recorded` before the call.
+
+        Args:
+            full: it has full statistics.
+        """
         self._ring.commit()
-        self.baselines.update(self._next, self.recorded - 1)
+        self._take(self._next, full)
+
+    def _take(self, row: NDArray[Any], full: bool) -> None:
+        self.full = full
+        self.baselines.update(row, self.recorded - 1, full)
 
     def set_meta(self, meta: Meta) -> None:
         """Replace the static facts. Columns are matched by name: new ones are NaN in the past, lost ones go."""
@@ -265,6 +275,7 @@ class History:
             "columns": {name: self.stat(name) for name in STATISTICS},
             "baselines": self.baselines.state_dict(),
             "pending": self.pending,
+            "full": self.full,
         }
 
     @classmethod
@@ -279,7 +290,7 @@ class History:
         history = cls(state["meta"], state["window"])
         history._fill(state["columns"], state["total"])
         history.baselines.load_state_dict(state["baselines"])
-        history.pending = state["pending"]
+        history.pending, history.full = state["pending"], state["full"]
         return history
 
     def _fill(self, columns: Mapping[str, NDArray[Any]], total: int) -> None:
@@ -308,6 +319,10 @@ class History:
             yield again
         again.pending, again.ended = self.pending, True
         yield again
+
+
+_FULL = ("weight_norm", "update_ratio", "saturated_fraction", "activation_nonfinite", "input_nonfinite")
+"""What rules read that stands in full-statistics records only."""
 
 
 def _row_dtype(parameters: int, layers: int) -> np.dtype[Any]:

@@ -445,10 +445,10 @@ class GradWatch:
         else:
             self._history.set_meta(meta)
 
-    def _on_row(self) -> None:
+    def _on_row(self, full: bool) -> None:
         history = self._history
         assert history is not None
-        history.commit()
+        history.commit(full)
         self._updates_watched += 1
         if self._recorder is not None:
             history.pending = self._recorder.pending

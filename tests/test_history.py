@@ -515,7 +515,7 @@ def test_a_row_written_in_place_is_the_same_as_one_that_was_appended(window: int
         mine = in_place.next_row()
         for name in STATISTICS:
             mine[name] = row[name]
-        in_place.commit()
+        in_place.commit(full=True)
     assert_same(appended, in_place)
 
 
@@ -526,6 +526,6 @@ def test_a_row_that_is_being_written_is_seen_by_nobody() -> None:
     history.next_row()["grad_norm"] = 7.0
     assert history.recorded == 3
     np.testing.assert_array_equal(history.stat("grad_norm"), before[1:])  # the oldest has given way
-    history.commit()
+    history.commit(full=True)
     assert history.stat("grad_norm")[:, 0].tolist() == [*before[1:, 0].tolist(), 7.0]
     assert np.isnan(history.stat("loss")[-1])

@@ -43,7 +43,7 @@ class Recorder:
         sampling: how much is looked at.
         next_row: gives the history's next row to write into.
         recorded: gives the number of the next record.
-        on_row: told that it is written.
+        on_row: told that it is written, and whether it has full statistics.
         on_meta: takes the static facts when they change.
         here: whether this is the thread whose training is watched.
         notice: told what there is to say of the watch itself.
@@ -59,7 +59,7 @@ class Recorder:
         *,
         next_row: Callable[[], NDArray[Any]],
         recorded: Callable[[], int],
-        on_row: Callable[[], None],
+        on_row: Callable[[bool], None],
         on_meta: Callable[[Meta], None],
         here: Callable[[], bool],
         notice: Callable[[str], None],
@@ -616,7 +616,7 @@ class Recorder:
             in_order = self.table.in_order and len(closed.draft.norm) == len(self.table)
             layers = self._layers(closed.draft)
             closed.write(self._next_row(), None if in_order else self.table.columns, layers)
-            self._on_row()
+            self._on_row(closed.draft.full)
 
     def _layers(self, draft: Draft) -> Mapping[str, NDArray[np.float64] | float] | None:
         taken, draft.taken = draft.taken, None

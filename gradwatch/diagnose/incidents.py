@@ -91,7 +91,7 @@ class Incidents:
         found: list[tuple[Finding, int]] = []
         calm = not history.ended and not any(incident.alert.state == "open" for incident in self._incidents)
         for i, rule in enumerate(self._rules):
-            if i in self._off or not is_due(rule, history.recorded, calm):
+            if i in self._off or not is_due(rule, history, calm):
                 continue
             try:
                 # Whatever a user's rule yields is looked at inside the `try`, for it is theirs.

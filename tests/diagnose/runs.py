@@ -76,7 +76,8 @@ class Run:
         for name, value in columns.items():
             row[name] = value
         if "total_norm" not in columns:
-            row["total_norm"] = np.sqrt(np.nansum(np.square(row["grad_norm"], dtype=np.float64)))
+            norms, bad = row["grad_norm"].astype(np.float64), row["grad_nonfinite"] > 0
+            row["total_norm"] = np.sqrt(np.square(norms[bad | ~np.isnan(norms)]).sum())
         self.history.append(row)
         return self.judge()
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.execution import Execution, execution_of
 from gradwatch.diagnose.rules.loss import Progress, progress
-from gradwatch.diagnose.rules.rule import looked_back, persistent
+from gradwatch.diagnose.rules.rule import looked_back, persistent, sampled
 from gradwatch.facts import Meta
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
@@ -77,6 +77,7 @@ _SHRINKS = frozenset({"Hardshrink", "Softshrink", "Tanhshrink"})  # flat around 
 _RECTIFIERS = frozenset({"ReLU", "ReLU6", "GELU", "SiLU", "Mish", "Hardswish", "ELU", "SELU", "CELU", "Softplus", "Threshold"})
 
 
+@sampled
 @persistent(WINDOW)
 def dead_units(history: History) -> Iterator[Finding]:
     """Nearly all units of an activation have fired for no input over a window of looks, or all are silent in look after look.
@@ -116,6 +117,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     )
 
 
+@sampled
 @persistent(WINDOW)
 def saturated_activation(history: History) -> Iterator[Finding]:
     """Nearly all outputs of a hidden two-sided activation lie in its flat parts, and little gradient passes, for `LASTING` looks.

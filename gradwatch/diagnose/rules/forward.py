@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.diagnose.execution import Execution, execution_of, roots_of
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity, SkipReason
 
@@ -17,6 +17,7 @@ HABIT = 16
 what goes bad later has gone bad elsewhere."""
 
 
+@sampled
 @persistent(5)
 def non_finite_input(history: History) -> Iterator[Finding]:
     """What a model is given holds a NaN or an Inf, in an update that is looked at (`Sampling`).
@@ -42,6 +43,7 @@ def non_finite_input(history: History) -> Iterator[Finding]:
     )
 
 
+@sampled
 @persistent(5)
 def non_finite_activation(history: History) -> Iterator[Finding]:
     """The output of a module holds a NaN or an Inf while those of all modules that ran before it are finite.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.diagnose.naming import named
-from gradwatch.diagnose.rules.rule import persistent
+from gradwatch.diagnose.rules.rule import persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity, SkipReason
 
 
+@sampled
 @persistent(5)
 def non_finite_weight(history: History) -> Iterator[Finding]:
     """A weight holds a NaN or an Inf before the step.
@@ -69,7 +71,10 @@ def non_finite_gradient(history: History) -> Iterator[Finding]:
     Parameters are named from the loss towards the input, the way a bad value travels. A finite gradient whose norm overflows is no
     case of it (`grad_nonfinite` is 0), and a scaler that searches its scale skips such records.
     """
-    if not history.recorded or history.recent("skip_reason", 1)[0] == SkipReason.SCALER:
+    # The norm of all is finite only if all are.
+    if not history.recorded or math.isfinite(history.recent("total_norm", 1)[0]):
+        return
+    if history.recent("skip_reason", 1)[0] == SkipReason.SCALER:
         return
     bad = _bad_gradients(history)
     if not bad.any():

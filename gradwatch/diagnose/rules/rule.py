@@ -62,14 +62,22 @@ def patient(rule: R) -> R:
     return rule
 
 
+def sampled(rule: R) -> R:
+    """Mark a rule whose evidence stands in full-statistics records only (`Sampling`): it is asked after those."""
+    rule.sampled = True  # type: ignore[attr-defined]
+    return rule
+
+
 def is_turn(recorded: int) -> bool:
     """Whether what takes turns has its turn after `recorded` records: never more than `TURNS` apart."""
     return recorded % TURNS == 0 or recorded % BETWEEN == 0
 
 
-def is_due(rule: Rule, recorded: int, calm: bool) -> bool:
-    """Whether a rule is to be asked after `recorded` records; `calm`: no incident is open, and the run has not ended."""
-    return not (calm and recorded > ALWAYS and getattr(rule, "patient", False)) or is_turn(recorded)
+def is_due(rule: Rule, history: History, calm: bool) -> bool:
+    """Whether a rule is to be asked after the last record; `calm`: no incident is open, and the run has not ended."""
+    if not history.full and getattr(rule, "sampled", False):
+        return False
+    return not (calm and history.recorded > ALWAYS and getattr(rule, "patient", False)) or is_turn(history.recorded)
 
 
 def persistence_of(rule: Rule) -> int:
