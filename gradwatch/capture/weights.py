@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradwatch.capture import private
 from gradwatch.capture.parameters import as_real, materialised
@@ -105,14 +105,12 @@ class WeightSample:
         """The update is over."""
         self.taken[:] = False
 
-    def _stale(self) -> bool:
-        return self._pointers != [_pointer(p) for p in self._params]
-
     def _refresh(self) -> None:
         """Make the views anew where a parameter's memory was moved (`.to`, `p.data = ...`) or materialised."""
-        if not self._stale():
+        pointers = _pointers(self._params)
+        if pointers == self._pointers:
             return
-        self._pointers = [_pointer(p) for p in self._params]
+        self._pointers = pointers
         found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
         with torch.inference_mode(False):
             for slot, p in enumerate(self._params):
@@ -147,6 +145,13 @@ def _sample(parameter: Tensor) -> Tensor | None:
     if n <= WHOLE:
         return as_real(tensor.as_strided((n,), (1,), offset))
     return as_real(tensor.as_strided((CHUNKS, CHUNK), (step_of(n), 1), offset))
+
+
+def _pointers(parameters: Sequence[Tensor]) -> list[int]:
+    try:
+        return [p.data_ptr() if type(p) is nn.Parameter else _pointer(p) for p in parameters]
+    except RuntimeError:  # one of them is sparse
+        return [_pointer(p) for p in parameters]
 
 
 def _pointer(parameter: Tensor) -> int:
