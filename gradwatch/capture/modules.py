@@ -66,7 +66,8 @@ class Cell(Ours):
         looks: records in which its units were looked at.
         places: units in each of the places where the activation stands that it is, by the column of the module that runs before it
             there (`Part.after`); `FUNCTION`: those of a function that follows it.
-        sampled: calls since the last record, in each of those places.
+        sampled: the places of the calls of an activation that were sampled since the last record that took them.
+        claimed_samples: how many of those belong to the open record.
         traced: what compiled code writes into; None where none could.
     """
 
@@ -75,6 +76,7 @@ class Cell(Ours):
         "calls",
         "changes",
         "claimed",
+        "claimed_samples",
         "column",
         "end",
         "fires",
@@ -106,7 +108,8 @@ class Cell(Ours):
         self.late = False
         self.traced: Traced | None = None
         self.places: dict[int, Units] = {}
-        self.sampled: dict[int, int] = {}
+        self.sampled: list[int] = []
+        self.claimed_samples = 0
 
     def is_sampled(self, after: int) -> bool:
         """Whether its call that has just been counted is sampled.
@@ -116,10 +119,10 @@ class Cell(Ours):
         """
         if not self.flat:
             return self.calls <= CALLS
-        if after not in self.sampled and len(self.sampled) >= PLACES:
+        if self.sampled.count(after) >= CALLS or len(self.sampled) >= CALLS * PLACES:
             return False
-        self.sampled[after] = count = self.sampled.get(after, 0) + 1
-        return count <= CALLS
+        self.sampled.append(after)
+        return True
 
     def is_shared(self) -> bool:
         """Whether it is an activation that stands in several places of the model."""
@@ -525,7 +528,7 @@ class ModuleHooks:
             self._claimed_inputs[root] = len(self._inputs[root])
         for cell in self.cells:
             if cell.root in roots:
-                cell.claimed = cell.calls
+                cell.claimed, cell.claimed_samples = cell.calls, len(cell.sampled)
         if self._is_compiled():
             self._totals.claim(roots)
 
@@ -542,8 +545,7 @@ class ModuleHooks:
         for cell in self.cells:
             if cell.root in roots:
                 cell.calls = cell.claimed
-                if not cell.calls:
-                    cell.sampled.clear()
+                del cell.sampled[cell.claimed_samples :]
         if self.compiled:
             self._totals.clear(roots)
 
@@ -569,8 +571,8 @@ class ModuleHooks:
                 if not cell.late:
                     taken.calls[cell.column] = cell.claimed
                 cell.calls, cell.claimed, cell.late = cell.calls - cell.claimed, 0, False
-                if not cell.calls:
-                    cell.sampled.clear()
+                del cell.sampled[: cell.claimed_samples]
+                cell.claimed_samples = 0
         if self._is_compiled():
             taken.compiled = self._totals.take(roots, observe)
         return taken

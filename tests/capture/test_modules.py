@@ -480,6 +480,18 @@ def test_an_activation_behind_more_layers_than_calls_are_sampled_of_a_module() -
     assert len(next(fact for fact in watch.history.meta.layers if fact.name == "act").places) == 12
 
 
+def test_an_activation_is_sampled_for_ever_where_a_forward_pass_is_left_over_in_each_update() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with GradWatch(model, console=False) as watch:
+        for _ in range(12):
+            optimizer.zero_grad()
+            squares(model(rand(30, 12))).backward()
+            model(rand(30, 12))
+            optimizer.step()
+    assert np.isfinite(watch.history.stat("saturated_fraction")[:, [2, 4, 6]]).all()
+
+
 def test_residual_blocks_with_one_activation_each() -> None:
     def build() -> nn.Module:
         return nn.Sequential(
