@@ -512,6 +512,7 @@ def test_ctrl_c_leaves_130_a_traceback_and_the_verdict(tmp_path: Path) -> None:
         """
         import os, signal
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
         model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         train(model, optimizer, updates=12)
