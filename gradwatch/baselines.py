@@ -251,6 +251,12 @@ class Baselines:
             setattr(self, name, array)
         self.parameters = parameters
 
+    def copy(self) -> Baselines:
+        """Another one that goes on by itself."""
+        other = Baselines(self.parameters)
+        other.load_state_dict(vars(self))
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain Python and numpy objects."""
         return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}

@@ -6,6 +6,7 @@ Rules see nothing else, so they run without a model and without torch, live or o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +82,11 @@ class RingBuffer:
         """The next row is written."""
         self.total += 1
         self._kept = min(self._kept + 1, self.capacity)
+
+    def uncommit(self) -> None:
+        """It is not: its row will be written again."""
+        self.total -= 1
+        self._kept -= 1
 
     def column(self, name: str, last: int | None = None, but: int = 0) -> NDArray[Any]:
         """The last rows of one field, oldest first, as a copy, without the very last `but` of them."""
@@ -229,6 +235,24 @@ class History:
         """
         self._ring.commit()
         self._take(self._next, full)
+
+    @contextmanager
+    def provisional(self, full: bool) -> Iterator[None]:
+        """In here the row that `next_row` gave counts as a record that has closed, for rules that judge an update before its step.
+
+        Args:
+            full: it has full statistics.
+        """
+        baselines, was_full = self.baselines, self.full
+        self.baselines = baselines.copy()
+        try:
+            self.commit(full)
+            try:
+                yield
+            finally:
+                self._ring.uncommit()
+        finally:
+            self.baselines, self.full = baselines, was_full
 
     def _take(self, row: NDArray[Any], full: bool) -> None:
         self.full = full

@@ -111,25 +111,74 @@ def scaler(given: object) -> Any:
     return given
 
 
-def clip(given: object) -> Any:
-    """A positive float, a callable of parameters, or None."""
+def clip(given: object, keyword: str = "clip") -> Any:
+    """A positive float, a clipper (any callable of parameters), or None."""
     if given is None or (callable(given) and not isinstance(given, type)):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"{_short(given)} ({type(given).__name__})"
         raise TypeError(
-            f"GradWatch(clip={_short(given)}): got {type(given).__name__}; it needs a float (the max_norm of the global norm) or a callable "
-            "of parameters such as functools.partial(torch.nn.utils.clip_grad_value_, clip_value=1.0)"
+            f"GradWatch({keyword}=...): got {what}; it needs a float (the max_norm of the global norm), a clipper such as "
+            "gradwatch.clip.AutoClip(), or a callable of parameters such as "
+            "functools.partial(torch.nn.utils.clip_grad_value_, clip_value=1.0)"
         )
     if not math.isfinite(given) or given <= 0:
-        raise ValueError(f"GradWatch(clip={given}): max_norm needs to be finite and above 0; leave clip out to clip nothing")
+        raise ValueError(f"GradWatch({keyword}={given}): max_norm needs to be finite and above 0; leave it out to clip nothing")
     return float(given)
 
 
 def on_nonfinite(given: object) -> Any:
     """A policy."""
-    if given not in ("warn", "raise"):
+    if given not in ("warn", "raise", "skip"):
         raise ValueError(
-            f"GradWatch(on_nonfinite={_short(given)}): unknown policy; it needs 'warn' (say it) or 'raise' (before the weights change)"
+            f"GradWatch(on_nonfinite={_short(given)}): unknown policy; it needs 'warn' (say it), 'raise' (before the weights change) or "
+            "'skip' (leave the step out)"
+        )
+    return given
+
+
+def on_rule(given: object, rules: Iterable[str]) -> dict[str, Any]:
+    """What to do when a rule of these names finds something."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"GradWatch(on_rule={_short(given)}): got {type(given).__name__}; it needs a mapping of rules to what is done, such as "
+            "{'exploding_gradient': 1.0, 'gradient_spike': 'skip'}"
+        )
+    known = list(rules)
+    reactions: dict[str, Any] = {}
+    for rule, reaction in given.items():
+        if rule not in known:
+            raise ValueError(f"GradWatch(on_rule=...): no rule {rule!r} is in use; there are {', '.join(known) or 'none'}")
+        if isinstance(reaction, str) or reaction is None:
+            if reaction not in ("skip", "raise"):
+                raise ValueError(
+                    f"GradWatch(on_rule={{{rule!r}: {reaction!r}}}): unknown reaction; it needs 'skip' (leave the step out), 'raise', a "
+                    "float (max_norm) or a clipper"
+                )
+            reactions[rule] = reaction
+        else:
+            reactions[rule] = clip(reaction, "on_rule")
+    return reactions
+
+
+def max_skips(given: object) -> int:
+    """A number of steps."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(
+            f"GradWatch(max_skips={_short(given)}): got {type(given).__name__}; it needs a whole number of steps in a row"
+        )
+    if given < 1:
+        raise ValueError(f"GradWatch(max_skips={given}): needs at least 1; on_nonfinite='raise' leaves none out")
+    return given
+
+
+def restore_buffers(given: object) -> bool | None:
+    """True, False or None."""
+    if given is not None and not isinstance(given, bool):
+        raise TypeError(
+            f"GradWatch(restore_buffers={_short(given)}): got {type(given).__name__}; it needs True, False, or None (where it is cheap)"
         )
     return given
 

@@ -53,7 +53,11 @@ class SkipReason(enum.IntEnum):
     SCALER = 2
     """A GradScaler found an Inf or a NaN in the gradients and left the step out."""
     RAISED = 3
-    """`on_nonfinite="raise"` stopped the step."""
+    """`on_nonfinite="raise"`, or a limit on skips, stopped the step."""
+    NON_FINITE = 4
+    """`on_nonfinite="skip"` left the step out: a gradient was not finite."""
+    RULE = 5
+    """`on_rule={...: "skip"}` left the step out: the rule found something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,27 +252,55 @@ class Sampling:
             object.__setattr__(self, name, value)
 
 
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What was done to the gradients of one optimizer right before it stepped.
+
+    Attributes:
+        coef: the factor applied to them, the smallest where they got several; None: not known.
+        skip: why the step is left out; `NONE`: it is not.
+    """
+
+    coef: float | None = 1.0
+    skip: SkipReason = SkipReason.NONE
+
+
 class NonFiniteGradientError(RuntimeError):
-    """A gradient held a NaN or an Inf and `on_nonfinite="raise"` was asked for. The weights have not been changed by it.
+    """A gradient holds a NaN or an Inf, and `on_nonfinite="raise"` was asked for, or "skip" and too many updates in a row were bad.
+
+    The weights have not been changed by it.
 
     Attributes:
         step: number of the update.
         parameters: names of the parameters whose gradient is not finite.
+        rule: name of the rule that says what went bad first, as far as that update was looked at: "non_finite_input",
+            "non_finite_activation", "non_finite_loss", "non_finite_gradient" or "non_finite_weight".
+        layers: the modules that the rule names, most responsible first.
         origin: where the value was born, if known.
     """
 
-    def __init__(self, message: str, *, step: int, parameters: tuple[str, ...], origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: int,
+        parameters: tuple[str, ...],
+        origin: Origin | None = None,
+        rule: str = "non_finite_gradient",
+        layers: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.step = step
         self.parameters = parameters
         self.origin = origin
+        self.rule = rule
+        self.layers = layers
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are made again from `args` alone, and this one has more; it travels between processes.
-        return _again, (type(self), str(self), self.step, self.parameters, self.origin)
+        names = ("step", "parameters", "origin", "rule", "layers")
+        return _again, (type(self), str(self), {name: getattr(self, name) for name in names})
 
 
-def _again(
-    cls: type[NonFiniteGradientError], message: str, step: int, parameters: tuple[str, ...], origin: Origin | None
-) -> NonFiniteGradientError:
-    return cls(message, step=step, parameters=parameters, origin=origin)
+def _again(cls: type[NonFiniteGradientError], message: str, known: dict[str, Any]) -> NonFiniteGradientError:
+    return cls(message, **known)

@@ -26,14 +26,16 @@ from gradwatch.capture.home import Home
 from gradwatch.capture.recorder import Recorder
 from gradwatch.capture.tape import TAPE
 from gradwatch.checkpoint import decode, encode
+from gradwatch.clip import Clipper
 from gradwatch.diagnose.incidents import Incidents
-from gradwatch.diagnose.rules import Rule, default_rules
+from gradwatch.diagnose.rules import Rule, default_rules, name_of
 from gradwatch.facts import Meta
+from gradwatch.foresight import Foresight
 from gradwatch.history import History
 from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
-from gradwatch.protect.clip import Actor, Clipper
+from gradwatch.protect.actor import MAX_SKIPS, Actor, Policy, Reaction
 from gradwatch.records import Alert, Sampling, StepRecord
 
 logger = logging.getLogger("gradwatch")
@@ -59,15 +61,23 @@ class GradWatch:
     watch.alerts
     ```
 
-    Training is bit-identical to training without it, unless it is asked to clip or to raise.
+    Training is bit-identical to training without it, unless it is asked to clip, to leave steps out or to raise.
 
     Args:
         model: an `nn.Module`, or a mapping of names to modules that are trained together (`{"generator": G, "discriminator": D}`).
         optimizer: the optimizer or optimizers to heed; None: every `torch.optim.Optimizer` that owns a watched parameter.
         scaler: the GradScaler to heed; None: any that scales a loss.
-        clip: `max_norm` of the global 2-norm over what each optimizer steps, or a callable that takes those parameters and changes their
-            gradients in place. None: nothing is clipped. A norm that is not finite clips nothing.
-        on_nonfinite: "warn" tells of gradients that are not finite; "raise" raises `NonFiniteGradientError` before the weights change.
+        clip: `max_norm` of the global 2-norm over what each optimizer steps, a clipper of `gradwatch.clip`, or any callable that takes
+            those parameters and changes their gradients in place. A clipper that learns is copied for each further optimizer. None:
+            nothing is clipped. A norm that is not finite clips nothing.
+        on_nonfinite: "warn" tells of gradients that are not finite; "raise" raises `NonFiniteGradientError` before the weights change;
+            "skip" leaves the step out: weights, moments and counters stay as they are, buffers go back (`restore_buffers`).
+        on_rule: what is done when a rule finds something, by the rule's name: "skip" leaves out the step of each update in which it does,
+            "raise" raises RuntimeError before it; a float (`max_norm`) or a clipper clips from the update in which it does until its
+            incident is over, and both ends are told. Such rules are asked before each step, too.
+        max_skips: steps of one optimizer in a row that are left out before it raises, with the whole story.
+        restore_buffers: whether a step that is left out takes back what its forward pass did to the models' buffers (a BatchNorm's
+            running mean is NaN for ever after one NaN). None: those of at most 262,144 elements, for a copy an update.
         rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
         on_alert: called with each `Alert` that opens, is traced to its origin, grows worse or ends; one callable or several.
         on_step: called with the `StepRecord` of each closed update; one callable or several.
@@ -86,21 +96,29 @@ class GradWatch:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         scaler: Any = None,
         clip: float | Clipper | None = None,
-        on_nonfinite: Literal["warn", "raise"] = "warn",
+        on_nonfinite: Literal["warn", "raise", "skip"] = "warn",
         rules: Iterable[Rule] | None = None,
         on_alert: Callable[[Alert], Any] | Iterable[Callable[[Alert], Any]] = (),
         on_step: Callable[[StepRecord], Any] | Iterable[Callable[[StepRecord], Any]] = (),
         console: bool | Console = True,
         sampling: Sampling = _SAMPLING,
+        on_rule: Mapping[str, Reaction] | None = None,
+        max_skips: int = MAX_SKIPS,
+        restore_buffers: bool | None = None,
     ) -> None:
         self._attached = self._failed = False
         models = options.models(model)
         self._sampling = options.sampling(sampling, models)
         self._optimizers = options.optimizers(optimizer)
         self._scaler = options.scaler(scaler)
-        actor = Actor(options.clip(clip), options.on_nonfinite(on_nonfinite))
-        self._actor = actor if actor.asked else None
         self._rules = default_rules() if rules is None else options.callables("rules", rules)
+        policy = Policy(
+            options.clip(clip),
+            options.on_nonfinite(on_nonfinite),
+            options.on_rule(on_rule, map(name_of, self._rules)),
+            options.max_skips(max_skips),
+            options.restore_buffers(restore_buffers),
+        )
         self._sinks: list[Callable[[Alert], Any]] = list(options.callables("on_alert", on_alert))
         self._step_sinks: list[Callable[[StepRecord], Any]] = list(options.callables("on_step", on_step))
         console = options.console(console)
@@ -112,6 +130,15 @@ class GradWatch:
         self._model_refs = {key: weakref.ref(one) for key, one in models.items()}
         self._notices: list[str] = []
         self._incidents = Incidents(self._rules, notice=_weakly(self._notice))
+        foresight = Foresight(
+            self._rules,
+            self._incidents,
+            history=_weakly(self._own_history),
+            is_full=_weakly(self._is_full),
+            tell=_weakly(self._tell),
+            notice=_weakly(self._notice),
+        )
+        self._actor = Actor(policy, foresight) if policy.asked else None
         self._history: History | None = None
         self._recorder: Recorder | None = None
         self._started: float | None = None
@@ -436,6 +463,13 @@ class GradWatch:
         assert self._history is not None
         return self._history.next_row()
 
+    def _own_history(self) -> History:
+        assert self._history is not None
+        return self._history
+
+    def _is_full(self) -> bool:
+        return self._recorder is not None and self._recorder.is_full
+
     def _recorded(self) -> int:
         return 0 if self._history is None else self._history.recorded
 
@@ -469,12 +503,20 @@ class GradWatch:
             self._guard(lambda _: self._judge(history))
 
     def _judge(self, history: History) -> None:
-        for alert in self._incidents.judge(history):
+        also = self._actor.take_findings() if self._actor is not None else ()
+        for alert in self._incidents.judge(history, also):
             if alert.state == "open" and self._recorder is not None:
                 self._recorder.suspect()
             for sink in tuple(self._sinks):
                 if not self._safely(partial(sink, alert), f"the on_alert callable {_name(sink)}"):
                     self._sinks.remove(sink)
+
+    def _tell(self, text: str) -> None:
+        """Say what is done to the gradients: it was asked for, so it is not left to `notices` alone."""
+        self._notice(text)
+        console = self._console
+        if console is not None:
+            self._safely(lambda: console.print_lines([f"gradwatch: {text}"]), "the console")
 
     def _guard(self, do: Callable[[Recorder], T]) -> T | None:
         """Run a part of the watch inside the user's loop: what fails there ends the watch, not the training."""

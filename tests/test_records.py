@@ -174,7 +174,14 @@ def test_flags_and_reasons_keep_their_numbers_and_fit_their_column() -> None:
         "CHANGED": 16,
         "CLIPPED": 32,
     }
-    assert {reason.name: reason.value for reason in SkipReason} == {"NONE": 0, "NO_STEP": 1, "SCALER": 2, "RAISED": 3}
+    assert {reason.name: reason.value for reason in SkipReason} == {
+        "NONE": 0,
+        "NO_STEP": 1,
+        "SCALER": 2,
+        "RAISED": 3,
+        "NON_FINITE": 4,
+        "RULE": 5,
+    }
     every = np.array([sum(GradState), max(SkipReason)])
     assert (every.astype(np.uint8) == every).all()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ class Draft:
         norm_on_device: norms of this record came from a device.
         remote_loss: its loss is on a device.
         taken: what hooks on modules left behind; None: it was not looked at.
+        layers: the statistics made of it; None: not yet.
+        clipped_on_device: slots that were given to a clipper on their device.
+        left_out: keys of the optimizers whose step the watch leaves out, and why.
     """
 
     full: bool
@@ -78,6 +81,9 @@ class Draft:
     norm_on_device: bool = False
     remote_loss: bool = False
     taken: Taken | None = None
+    layers: Mapping[str, NDArray[np.float64] | float] | None = None
+    clipped_on_device: list[int] = field(default_factory=list)
+    left_out: dict[int, SkipReason] = field(default_factory=dict)
 
     @classmethod
     def blank(cls, size: int, full: bool, cadence: frozenset[int]) -> Draft:
@@ -93,6 +99,22 @@ class Draft:
         self.clip_coef = min(self.clip_coef, coef) if self.clip_coef != 1.0 else coef
         if coef < 1.0:
             self.flag(list(slots), GradState.CLIPPED)
+
+    def only(self, slots: Sequence[int]) -> Draft:
+        """What it would be had nothing but `slots` been reached."""
+        others = np.ones(len(self.norm), bool)
+        others[slots] = False
+        copies = {name: getattr(self, name).copy() for name in ("norm", "nonfinite", "weight_norm", "ratio", "lr", "state")}
+        for name, blank in (
+            ("norm", np.nan),
+            ("nonfinite", 0.0),
+            ("weight_norm", np.nan),
+            ("ratio", np.nan),
+            ("lr", np.nan),
+            ("state", 0),
+        ):
+            copies[name][others] = blank
+        return replace(self, **copies)
 
     def resize(self, size: int) -> None:
         """Slots have come."""
@@ -158,6 +180,7 @@ class Closed:
         if skipped:
             by_scaler = outcome is Outcome.FOUND_INF or (draft.by_scaler and not np.isfinite(total))
             reason = SkipReason.RAISED if draft.raised else SkipReason.SCALER if by_scaler else SkipReason.NO_STEP
+            reason = next(iter(draft.left_out.values()), reason)
         row["clip_coef"] = draft.clip_coef
         row["skipped"], row["skip_reason"] = skipped, reason
         row["loss_scale"] = scale

@@ -98,9 +98,15 @@ class Inside:
             own: those of them that are not foreign to it.
         """
         if self.hooks.listening or self.hooks.compiled:
-            if draft is not None:
+            if draft is not None and draft.layers is None:
                 draft.taken = self.hooks.take(self._roots(own))
             self.hooks.drop(self._roots(reached))
+
+    def take(self, draft: Draft, own: Iterable[int]) -> None:
+        """A record is looked at before it closes: what hooks have seen by now is all that it will have."""
+        if self.hooks.listening:
+            draft.taken = self.hooks.take(self._roots(own))
+            self.hooks.send()
 
     # -- what was seen -------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.capture import acting, private
-from gradwatch.capture.acting import Act, Deliberate
+from gradwatch.capture.acting import Act, Deliberate, Due
+from gradwatch.capture.buffers import Buffers
 from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
@@ -24,12 +26,12 @@ from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable, dense, on_host
 from gradwatch.capture.scale import LossScale
-from gradwatch.capture.slab import GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
+from gradwatch.capture.slab import CLIP_COEF, GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
-from gradwatch.records import GradState, Sampling
+from gradwatch.records import GradState, Sampling, SkipReason
 
 _FROZEN_AFTER = 5
 """Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
@@ -94,6 +96,14 @@ class Recorder:
         self._steps_without: set[int] = set()
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
+        self._models = models
+        self._buffers: Buffers | None = None
+        self._rescans = 0
+        self._names: tuple[Any, Sequence[int], tuple[Sequence[str], Sequence[str], frozenset[int]]] = (
+            None,
+            (),
+            ((), (), frozenset()),
+        )
         self.unfinished = 0
         self._describe()
 
@@ -110,10 +120,15 @@ class Recorder:
         """Put hooks on modules; `stop` takes them out."""
         self.inside.scan()
         self._listen()
+        self._keep_buffers()
 
     def stop(self) -> None:
         """Nothing of the watch is left on the model."""
         self.inside.hooks.remove()
+
+    def _keep_buffers(self) -> None:
+        if self._act is not None and self._act.skips:
+            self._buffers = Buffers(self._models.values(), self._act.restores_buffers)
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
@@ -150,6 +165,8 @@ class Recorder:
             if scalar:
                 self._add_loss(draft, roots)
             self._take_told(draft)
+            if self._buffers is not None and draft.by_scaler and draft.nonfinite.any():
+                self._buffers.restore()  # the scaler will leave the step out, and nobody hears of it before the next backward
             if (reached is not self.gradients.everything or not self._walks.done) and self._walks.take(reached, roots):
                 self._describe()
         outcome = self.clock.backward_end(reached)
@@ -223,23 +240,72 @@ class Recorder:
             self._send_probes(probes)
             if self._act is None:
                 return
-            self._await()
+            if self._act.needs_norms:
+                self._await()
         else:
             self._look_at_probes(draft, probes, self.gradients.scaled_since(probes.slots))
         if self._act is not None and there and not draft.state[there[0]] & GradState.CLEARED:
             if self.clock.in_backward:
                 raise Deliberate(RuntimeError(acting.INSIDE_BACKWARD))
-            acting.let_act(
-                self._act,
-                optimizer=optimizer,
-                step=self.recorded(),
-                there=there,
-                probes=probes,
-                draft=draft,
-                table=self.table,
-                gradients=self.gradients,
-                reader=self._reader,
-            )
+            self._let_act(self._act, draft, key, optimizer, there, probes)
+
+    def _let_act(self, act: Act, draft: Draft, key: int, optimizer: Optimizer, there: Sequence[int], probes: Probes) -> None:
+        """Let the actor act on the gradients in `there`, which `optimizer` is about to step."""
+        if probes.touched:
+            norms = acting.read_again(there, self.table, self._reader)
+        else:
+            norms = self.gradients.norm[list(there)] * probes.expected
+        names, layers, heads = self._named(there)
+        due = Due(
+            optimizer=optimizer,
+            step=self.recorded(),
+            params=[self.table.params[slot] for slot in there],
+            names=names,
+            layers=layers,
+            heads=heads,
+            norms=norms,
+            # The loss scale is still on the gradients of a fused optimizer; for all others it is divided out by now.
+            factor=draft.scale * probes.expected,
+            found_inf=getattr(optimizer, "found_inf", None) is not None,
+            write_provisional=lambda: self._write_provisional(key),
+        )
+        if draft.remote:
+            coef = acting.act_on_device(act, due)
+            slab = self._reader.slabs.get(coef.device) if coef is not None else None
+            if coef is not None and slab is not None:
+                slab.add_clip_coef(coef)
+                draft.clipped_on_device += there
+            return
+        reason = acting.let_act(act, due, there=there, probes=probes, draft=draft, gradients=self.gradients)
+        if reason is not SkipReason.NONE:
+            draft.left_out[key] = reason
+            if self._buffers is not None:
+                self._buffers.restore()
+
+    def _named(self, slots: Sequence[int]) -> tuple[Sequence[str], Sequence[str], frozenset[int]]:
+        """Names and layers of slots, and which of them lie in a last layer; worked out anew where something has changed."""
+        key = (id(slots), len(slots), len(self._walks.roles.heads), self._rescans)
+        if self._names[0] != key:
+            heads = {self.table.layers[slot] for slot in self._walks.roles.heads}
+            layers = [self.table.layers[slot] for slot in slots]
+            last = frozenset(i for i, layer in enumerate(layers) if layer in heads)
+            self._names = key, slots, ([self.table.names[slot] for slot in slots], layers, last)
+        return self._names[2]
+
+    def _write_provisional(self, key: int) -> None:
+        """Write the open record as it will be if the owner `key` steps now."""
+        record, draft = self.clock.open, self._draft
+        if record is None or draft is None:
+            return
+        self._drain(force=True)
+        owners = {*record.stepped, key} - draft.left_out.keys()
+        slots = sorted(record.reached & {slot for owner in owners if isinstance(owner, int) for slot in self.owners.slots(owner)})
+        if draft.full and draft.layers is None:
+            self.inside.take(draft, slots)
+            draft.layers = self._layers(draft)
+        once = replace(record, reached=set(slots), owners=set(owners), stepped=set(owners))
+        closed = Closed(Outcome.STEPPED, once, draft.only(slots), self.owners.owners, time.perf_counter() - self._started)
+        self._write(closed, draft.layers)
 
     def _look_at_probes(self, draft: Draft, probes: Probes, ratios: NDArray[np.float64]) -> None:
         """What happened to the gradients between the read and the step: cleared, a loss scale divided out, or clipped."""
@@ -283,6 +349,12 @@ class Recorder:
         record, draft = self.clock.open, self._draft
         found = getattr(optimizer, "found_inf", None)
         found_inf = isinstance(found, Tensor) and bool(found.item())
+        if draft is not None and key in draft.left_out:
+            found_inf = True  # for the record it comes to the same
+            if self._act is not None:
+                self._act.stepped(optimizer)
+        elif self._buffers is not None and draft is not None and not found_inf and not draft.nonfinite.any():
+            self._buffers.keep()
         outermost = self.clock.steps_running() <= 1
         mine = self.owners.slots(key)
         if outermost:
@@ -321,6 +393,11 @@ class Recorder:
             outcome = self.clock.by_hand()
         if outcome is not None:
             self._finish(outcome)
+
+    @property
+    def is_full(self) -> bool:
+        """The open record has full statistics."""
+        return self._draft is not None and self._draft.full
 
     def recorded(self) -> int:
         """The number of the next record to close."""
@@ -443,6 +520,9 @@ class Recorder:
                 draft.weight_norm[slots] = values[WEIGHTS, slots]
             if draft.remote_loss:
                 draft.loss += float(values[SCALARS, LOSS])
+            coef = float(values[SCALARS, CLIP_COEF])
+            if draft.clipped_on_device and coef < 1.0 - UNCHANGED:
+                draft.clipped(draft.clipped_on_device, coef)
         draft.remote_loss = False
         if still_there:
             self.gradients.arrive(remote, draft.norm[remote])
@@ -613,10 +693,12 @@ class Recorder:
             if self._walks.look_outside(self.owners):
                 self._describe()
             self._update_pending(self.clock.open)
-            in_order = self.table.in_order and len(closed.draft.norm) == len(self.table)
-            layers = self._layers(closed.draft)
-            closed.write(self._next_row(), None if in_order else self.table.columns, layers)
+            self._write(closed, closed.draft.layers or self._layers(closed.draft))
             self._on_row(closed.draft.full)
+
+    def _write(self, closed: Closed, layers: Mapping[str, NDArray[np.float64] | float] | None) -> None:
+        in_order = self.table.in_order and len(closed.draft.norm) == len(self.table)
+        closed.write(self._next_row(), None if in_order else self.table.columns, layers)
 
     def _layers(self, draft: Draft) -> Mapping[str, NDArray[np.float64] | float] | None:
         taken, draft.taken = draft.taken, None
@@ -642,6 +724,9 @@ class Recorder:
     def _rescan(self) -> None:
         self.table.rescan()
         self.inside.rescan()
+        self._rescans += 1
+        if self._buffers is not None:
+            self._keep_buffers()
         self._reader = NormReader(self.table.params)
         self.gradients.resize(self.table.params, self._reader)
         self.weights = WeightSample(self.table.params)

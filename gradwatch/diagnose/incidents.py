@@ -52,17 +52,19 @@ class Incidents:
         """Every incident in its present state, in the order in which they opened."""
         return tuple(incident.alert for incident in self._incidents)
 
-    def judge(self, history: History) -> tuple[Alert, ...]:
+    def judge(self, history: History, also: Iterable[Finding] = ()) -> tuple[Alert, ...]:
         """Run the rules over the history as it is now.
 
         Args:
             history: with a record more than at the last call, or with its `pending` or `ended` changed.
+            also: what rules found in the last record before its step, and would not find now, for something was done about it.
 
         Returns:
             The alerts to send: incidents that opened, whose severity rose, or that ended.
         """
         send: list[Alert] = []
         found = self._run(history)
+        found += [(finding, 1) for finding in also if finding.rule not in {other.rule for other, _ in found}]
         # A cause opens its incident before its consequences look for one.
         for finding, persistence in sorted(found, key=lambda pair: RANK.get(pair[0].rule, len(RANK))):
             incident = self._cause_of(finding, history) or self._same(finding)

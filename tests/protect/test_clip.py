@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,31 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from gradwatch import GradState, GradWatch, NonFiniteGradientError
-from gradwatch.protect.clip import Actor
+from gradwatch import Finding, GradState, GradWatch, NonFiniteGradientError
+from gradwatch.capture.acting import Due
+from gradwatch.protect.actor import Actor, Policy
 from tests.capture.tensors import DTYPES, made
 
 NAN, INF = float("nan"), float("inf")
+
+
+class NoRules:
+    """Whom an actor asks that is bound to none."""
+
+    def foresee(self, rules: Collection[str]) -> Sequence[Finding]:
+        return ()
+
+    def is_open(self, rule: str) -> bool:
+        return False
+
+    def story(self) -> str:
+        return ""
+
+    def tell(self, text: str) -> None: ...
+
+
+def asked(clip: Any, on_nonfinite: Any) -> Actor:
+    return Actor(Policy(clip, on_nonfinite), NoRules())
 
 
 def act(actor: Actor, params: Sequence[Tensor], **given: Any) -> float | None:
@@ -30,11 +50,14 @@ def act(actor: Actor, params: Sequence[Tensor], **given: Any) -> float | None:
         "step": 7,
         "params": list(params),
         "names": [f"p{i}" for i in range(len(params))],
+        "layers": [""] * len(params),
+        "heads": frozenset(),
         "norms": norms,
         "factor": 1.0,
         "found_inf": False,
+        "write_provisional": lambda: None,
     }
-    return actor(**(known | given))
+    return actor(Due(**(known | given))).coef
 
 
 def with_gradients(*gradients: Tensor) -> list[nn.Parameter]:
@@ -58,8 +81,9 @@ def test_for_the_same_norm_it_is_bit_equal_to_torchs(dtype: torch.dtype, max_nor
     mine, theirs = with_gradients(*values), with_gradients(*values)
     total = float(np.sqrt(sum(float(torch.linalg.vector_norm(v.to(torch.complex128))) ** 2 for v in values)))
     assert total > max_norm
-    clip_grads_with_norm_(theirs, max_norm, torch.tensor(total, dtype=torch.float32))
-    coef = act(Actor(max_norm, "warn"), mine)
+    precise = dtype in (torch.float64, torch.complex128)
+    clip_grads_with_norm_(theirs, max_norm, torch.tensor(total, dtype=torch.float64 if precise else torch.float32))
+    coef = act(asked(max_norm, "warn"), mine)
     for one, other in zip(grads(mine), grads(theirs), strict=True):
         assert torch.equal(one, other)
     assert coef == pytest.approx(max_norm / (total + 1e-6), rel=1e-6)
@@ -70,7 +94,7 @@ def test_below_the_bound_no_bit_is_touched(max_norm: float) -> None:
     params = with_gradients(torch.tensor([3.0, 4.0]))
     assert params[0].grad is not None
     before = params[0].grad._version
-    assert act(Actor(max_norm, "warn"), params) == 1.0
+    assert act(asked(max_norm, "warn"), params) == 1.0
     assert params[0].grad.tolist() == [3.0, 4.0]
     assert params[0].grad._version == before, "no pass over the gradients either"
 
@@ -79,7 +103,7 @@ def test_below_the_bound_no_bit_is_touched(max_norm: float) -> None:
 @pytest.mark.parametrize("clip", [1e-3, functools.partial(clip_grad_norm_, max_norm=1e-3)], ids=["float", "callable"])
 def test_a_norm_that_is_not_finite_never_multiplies_anything(bad: float, clip: Any) -> None:
     params = with_gradients(torch.tensor([3.0, 4.0]), torch.tensor([1.0, bad]))
-    assert act(Actor(clip, "warn"), params) == 1.0
+    assert act(asked(clip, "warn"), params) == 1.0
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [3.0, 4.0]
     np.testing.assert_equal(params[1].grad.tolist(), [1.0, bad])  # type: ignore[union-attr]
@@ -88,13 +112,13 @@ def test_a_norm_that_is_not_finite_never_multiplies_anything(bad: float, clip: A
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_finite_gradients_whose_norm_overflows_are_clipped_to_the_bound_not_to_zero(dtype: torch.dtype) -> None:
     params = with_gradients(torch.full((100,), 3e38, dtype=dtype))
-    act(Actor(2.0, "warn"), params)
+    act(asked(2.0, "warn"), params)
     assert float(torch.linalg.vector_norm(params[0].grad.double())) == pytest.approx(2.0, rel=1e-4)  # type: ignore[union-attr]
 
 
 def test_a_loss_scale_that_is_still_on_the_gradients_counts() -> None:
     params = with_gradients(torch.tensor([3.0, 4.0]) * 1024)
-    assert act(Actor(1.0, "warn"), params, factor=1024.0) == pytest.approx(0.2, rel=1e-5)
+    assert act(asked(1.0, "warn"), params, factor=1024.0) == pytest.approx(0.2, rel=1e-5)
     assert params[0].grad is not None
     np.testing.assert_allclose(params[0].grad.tolist(), [0.6 * 1024, 0.8 * 1024], rtol=1e-5)
 
@@ -102,12 +126,12 @@ def test_a_loss_scale_that_is_still_on_the_gradients_counts() -> None:
 def test_a_callable_gets_the_parameters_and_its_factor_is_not_known() -> None:
     params = with_gradients(torch.tensor([3.0]), torch.tensor([4.0]))
     got: list[Any] = []
-    assert act(Actor(lambda given: got.append(list(given)), "warn"), params) is None
+    assert act(asked(lambda given: got.append(list(given)), "warn"), params) is None
     assert [p is q for p, q in zip(got[0], params, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("clip", "on_nonfinite", "asked"),
+    ("clip", "on_nonfinite", "said"),
     [
         pytest.param(None, "warn", "", id="nothing"),
         pytest.param(1.5, "warn", "clip=1.5", id="clip"),
@@ -115,14 +139,14 @@ def test_a_callable_gets_the_parameters_and_its_factor_is_not_known() -> None:
         pytest.param(1.5, "raise", "clip=1.5 and on_nonfinite='raise'", id="both"),
     ],
 )
-def test_what_it_was_asked_is_said_by_keyword(clip: Any, on_nonfinite: Any, asked: str) -> None:
-    assert Actor(clip, on_nonfinite).asked == asked
+def test_what_it_was_asked_is_said_by_keyword(clip: Any, on_nonfinite: Any, said: str) -> None:
+    assert Actor(Policy(clip, on_nonfinite), NoRules()).asked == said
 
 
 def test_an_error_names_a_few_parameters_and_counts_the_rest() -> None:
     params = with_gradients(*[torch.tensor([NAN if i % 2 else 1.0]) for i in range(12)])
     with pytest.raises(NonFiniteGradientError) as caught:
-        act(Actor(None, "raise"), params)
+        act(asked(None, "raise"), params)
     assert caught.value.parameters == ("p1", "p3", "p5", "p7", "p9", "p11")
     assert caught.value.step == 7
     for part in ("step 7", "p1, p3, p5 and 3 more", "6 of 12", "SGD", "not been changed"):

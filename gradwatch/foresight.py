@@ -1,0 +1,76 @@
+"""What the rules say of an update before its step, for those who act on it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from gradwatch.diagnose.causes import RANK
+from gradwatch.diagnose.incidents import Incidents
+from gradwatch.diagnose.rules import Rule, name_of
+from gradwatch.history import History
+from gradwatch.present import words
+from gradwatch.records import Finding, Severity
+
+
+class Foresight:
+    """Asks rules about the record that is about to close.
+
+    Args:
+        rules: of the watch.
+        incidents: what they have found so far.
+        history: gives the record of the run.
+        is_full: whether the open record has full statistics.
+        tell: takes what is to be told of what is done.
+        notice: takes what there is to say of the watch itself.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        incidents: Incidents,
+        *,
+        history: Callable[[], History],
+        is_full: Callable[[], bool],
+        tell: Callable[[str], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self._rules, self._incidents = rules, incidents
+        self._history, self._is_full = history, is_full
+        self._tell, self._notice = tell, notice
+        self._off: set[str] = set()
+
+    def foresee(self, rules: Collection[str]) -> Sequence[Finding]:
+        """What these rules find in the provisional record, causes first."""
+        history, found = self._history(), []
+        with np.errstate(all="ignore"), history.provisional(self._is_full()):
+            for rule in self._rules:
+                name = name_of(rule)
+                if name not in rules or name in self._off:
+                    continue
+                try:
+                    found += [finding for finding in rule(history) or () if isinstance(finding, Finding)]
+                except Exception:
+                    self._off.add(name)
+                    self._notice(f"the rule {name} raised before a step and is not asked there any more:\n{traceback.format_exc()}")
+        return sorted((one for one in found if one.severity >= Severity.WARNING), key=lambda one: RANK.get(one.rule, len(RANK)))
+
+    def is_open(self, rule: str) -> bool:
+        """Whether an incident of the rule is open."""
+        return any(alert.rule == rule and alert.state == "open" for alert in self._incidents.alerts)
+
+    def story(self) -> str:
+        """What was found so far, in a sentence; "" for nothing."""
+        told = [
+            f"{words.rule_words(alert.rule)} {words.began(alert)} ({alert.message})"
+            for alert in self._incidents.alerts
+            if alert.severity >= Severity.WARNING
+        ]
+        more = f" and {len(told) - 3} more in watch.alerts" if len(told) > 3 else ""
+        return f"Found so far: {'; '.join(told[:3])}{more}. " if told else ""
+
+    def tell(self, text: str) -> None:
+        """Say what is done from now on, or no more."""
+        self._tell(text)

@@ -1,0 +1,405 @@
+"""What is done to gradients right before a step, if it was asked for: clip, leave the step out, raise."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from gradwatch.clip import Clipper, GlobalNorm, Gradients, NormClipper, norms_of
+from gradwatch.protect.skip import LeftOut
+from gradwatch.records import Acted, Finding, NonFiniteGradientError, SkipReason
+
+Reaction = float | Clipper | Literal["skip", "raise"]
+"""What to do when a rule finds something: clip (to a `max_norm`, or by a clipper), leave the step out, raise."""
+
+MAX_SKIPS = 10
+"""Steps in a row that are left out before it raises. A bad batch or two in a row is what skipping is for; ten mean that the weights, or
+all of the data, are bad, and no later batch will mend that. A GradScaler that searches its scale halves it as often from 2^16 to 2^6."""
+
+
+class Due(Protocol):
+    """A step that is about to be made.
+
+    Attributes:
+        optimizer: the one that steps.
+        step: number of the record.
+        params: what it is about to step, with gradients.
+        names: their names.
+        layers: the modules that hold them.
+        heads: indices of those in a last layer.
+        norms: float64 `[N]`, 2-norms of their gradients; not looked at on a device.
+        factor: a loss scale that is still on the gradients, 1.0 for none.
+        found_inf: a GradScaler decides about this step on the device.
+        write_provisional: write the record as it will be if the step is made, for those who judge it before.
+    """
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def params(self) -> Sequence[Tensor]: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def layers(self) -> Sequence[str]: ...
+    @property
+    def heads(self) -> frozenset[int]: ...
+    @property
+    def norms(self) -> NDArray[np.float64]: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def found_inf(self) -> bool: ...
+    @property
+    def write_provisional(self) -> Callable[[], None]: ...
+
+
+class Judge(Protocol):
+    """Knows what the rules say."""
+
+    def foresee(self, rules: Collection[str]) -> Sequence[Finding]:
+        """What these rules find in the provisional record, those first that come first among causes."""
+        ...
+
+    def is_open(self, rule: str) -> bool:
+        """Whether an incident of the rule is open."""
+        ...
+
+    def story(self) -> str:
+        """What was found so far, in a sentence or two; "" for nothing."""
+        ...
+
+    def tell(self, text: str) -> None:
+        """Say what is done from now on, or no more."""
+        ...
+
+
+CAUSES = ("non_finite_input", "non_finite_weight", "non_finite_activation", "non_finite_loss", "non_finite_gradient")
+"""Rules that say why a gradient is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an actor is asked to do.
+
+    Attributes:
+        clip: a clipper, or the `max_norm` of the global 2-norm over the parameters that an optimizer is about to step, or None.
+        on_nonfinite: "raise" raises before the weights change, "skip" leaves the step out, "warn" leaves both to the rules.
+        on_rule: rule -> what to do when it finds something.
+        max_skips: steps of one optimizer in a row that are left out before it raises.
+        restore_buffers: whether a step that is left out takes back what its forward pass did to buffers; None: where that is cheap.
+    """
+
+    clip: float | Clipper | None = None
+    on_nonfinite: Literal["warn", "raise", "skip"] = "warn"
+    on_rule: Mapping[str, Reaction] = field(default_factory=dict)
+    max_skips: int = MAX_SKIPS
+    restore_buffers: bool | None = None
+
+    @property
+    def asked(self) -> str:
+        """As the keywords that asked for it; "" for nothing."""
+        asked = [f"clip={self.clip!r}"] if self.clip is not None else []
+        asked += [f"on_nonfinite={self.on_nonfinite!r}"] if self.on_nonfinite != "warn" else []
+        asked += [f"on_rule={dict(self.on_rule)!r}"] if self.on_rule else []
+        return " and ".join(asked)
+
+
+@dataclass(slots=True)
+class _Of:
+    """What an actor keeps for one optimizer.
+
+    Attributes:
+        clippers: by the rule that they are bound to, "" for the one that always clips; those that learn have a history of their own.
+        skips: steps in a row that were left out.
+        since: the first of them.
+    """
+
+    clippers: dict[str, Clipper]
+    skips: int = 0
+    since: int = 0
+
+
+@dataclass(slots=True)
+class _Clipping:
+    """A clipper that a rule has switched on.
+
+    Attributes:
+        since: the first step for which it was on.
+    """
+
+    since: int
+
+
+class Actor:
+    """Acts right before an optimizer steps.
+
+    Args:
+        policy: what it is asked to do.
+        judge: knows what the rules say.
+
+    Attributes:
+        policy: as given.
+    """
+
+    def __init__(self, policy: Policy, judge: Judge) -> None:
+        self.policy, self._judge = policy, judge
+        self._findings: list[Finding] = []
+        self._left_out = LeftOut()
+        self._of: weakref.WeakKeyDictionary[Optimizer, _Of] = weakref.WeakKeyDictionary()
+        self._clipping: dict[str, _Clipping] = {}
+        self._clips: dict[str, float | Clipper] = {"": policy.clip} if policy.clip is not None else {}
+        self._clips |= {rule: reaction for rule, reaction in policy.on_rule.items() if not isinstance(reaction, str)}
+        self._stops = {rule: reaction for rule, reaction in policy.on_rule.items() if isinstance(reaction, str)}
+        self._loaded: list[dict[str, Any]] = []
+
+    @property
+    def asked(self) -> str:
+        """What it was asked to do, as the keywords that asked for it."""
+        return self.policy.asked
+
+    @property
+    def needs_norms(self) -> bool:
+        """It decides by numbers on the host."""
+        clip = self.policy.clip
+        own = clip is None or isinstance(clip, (int, float, NormClipper))
+        return self.policy.on_nonfinite != "warn" or bool(self.policy.on_rule) or not own
+
+    @property
+    def skips(self) -> bool:
+        """It may leave a step out."""
+        return self.policy.on_nonfinite == "skip" or "skip" in self.policy.on_rule.values()
+
+    @property
+    def foresees(self) -> bool:
+        """It asks rules about updates before their steps."""
+        return bool(self.policy.on_rule)
+
+    @property
+    def restores_buffers(self) -> bool | None:
+        """Whether a step that is left out takes back what was done to buffers."""
+        return self.policy.restore_buffers
+
+    def refuse(self, optimizer: Optimizer) -> None:
+        """Raise where nothing can act before the weights change.
+
+        Raises:
+            RuntimeError: the optimizer evaluates a closure several times within one step.
+        """
+        if isinstance(optimizer, LBFGS):
+            raise RuntimeError(self.evaluates_again(optimizer))
+
+    def evaluates_again(self, optimizer: Optimizer) -> str:
+        """Why it cannot act on this optimizer, in words."""
+        return (
+            f"gradwatch was asked to act before the step ({self.asked}), but {type(optimizer).__name__} evaluates its closure several "
+            "times within one step and changes the weights in between. Clip inside the closure, or watch without "
+            "clip= and on_rule=, and with on_nonfinite='warn'."
+        )
+
+    # -- before a step -------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, due: Due) -> Acted:
+        """Act.
+
+        Raises:
+            NonFiniteGradientError: a gradient is not finite, and to raise was asked for, or to skip and it has been too often.
+            RuntimeError: a rule found something and to raise was asked for, or to skip and it has been too often.
+        """
+        mine = self._for(due.optimizer)
+        finite = bool(np.isfinite(due.norms).all())
+        if not finite and not due.found_inf:
+            if self.policy.on_nonfinite == "raise":
+                raise self._non_finite(due)
+            if self.policy.on_nonfinite == "skip":
+                if mine.skips >= self.policy.max_skips:
+                    raise self._non_finite(due, mine)
+                return self._leave_out(due, mine, SkipReason.NON_FINITE)
+        found = self._foresee(due) if finite and self.policy.on_rule else {}
+        for rule, reaction in self._stops.items():
+            if rule in found:
+                if reaction == "raise" or mine.skips >= self.policy.max_skips:
+                    raise RuntimeError(self._stopped(due, mine, found[rule]))
+                self._findings.append(found[rule])
+                return self._leave_out(due, mine, SkipReason.RULE)
+        mine.skips = 0
+        return Acted(self._clip(due, mine, finite, found))
+
+    def on_device(self, due: Due) -> Tensor | None:
+        """Clip gradients on their device, waiting for nothing."""
+        clipper = self._for(due.optimizer).clippers.get("")
+        if not isinstance(clipper, NormClipper):
+            return None
+        if due.factor != 1.0:
+            _unscale(due.optimizer, due.params, due.factor)
+        with torch.no_grad():
+            return clipper.clip(Gradients(due.params, norms_of(due.params), due.names, due.layers, due.heads))
+
+    def take_findings(self) -> list[Finding]:
+        """What rules found before steps that were left out for it, since the last call: no record that they look at later has it."""
+        findings, self._findings = self._findings, []
+        return findings
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """The step that was left out has returned."""
+        self._left_out.end(optimizer)
+
+    def _for(self, optimizer: Optimizer) -> _Of:
+        mine = self._of.get(optimizer)
+        if mine is None:
+            clippers = {rule: self._new(clip, first=not self._of) for rule, clip in self._clips.items()}
+            mine = self._of[optimizer] = _Of(clippers)
+            if len(self._loaded) >= len(self._of):
+                _load(mine, self._loaded[len(self._of) - 1])
+        return mine
+
+    def _new(self, clip: float | Clipper, first: bool) -> Clipper:
+        if isinstance(clip, (int, float)):
+            return GlobalNorm(float(clip))
+        # What learns from norms has to learn those of one optimizer. The user keeps the first, and may look at it.
+        return copy.deepcopy(clip) if isinstance(clip, NormClipper) and not first else clip
+
+    def _leave_out(self, due: Due, mine: _Of, reason: SkipReason) -> Acted:
+        mine.since = due.step if mine.skips == 0 else mine.since
+        mine.skips += 1
+        self._left_out.begin(due.optimizer)
+        return Acted(1.0, reason)
+
+    def _foresee(self, due: Due) -> dict[str, Finding]:
+        due.write_provisional()
+        found: dict[str, Finding] = {}
+        for finding in self._judge.foresee(self.policy.on_rule.keys()):
+            found.setdefault(finding.rule, finding)
+        return found
+
+    # -- clipping ------------------------------------------------------------------------------------------------------------------
+
+    def _clip(self, due: Due, mine: _Of, finite: bool, found: Mapping[str, Finding]) -> float | None:
+        """Clip; returns the smallest factor applied, None where it is not known."""
+        on = [clipper for rule, clipper in mine.clippers.items() if not rule or self._is_on(rule, due, rule in found)]
+        coefs = [self._clip_by(clipper, due, finite) for clipper in on]
+        return None if None in coefs else float(np.prod([coef for coef in coefs if coef is not None]))
+
+    def _clip_by(self, clipper: Clipper, due: Due, finite: bool) -> float | None:
+        if isinstance(clipper, NormClipper):
+            if due.factor != 1.0 and not clipper.by_norms_alone:
+                _unscale(due.optimizer, due.params, due.factor)
+            norms = torch.from_numpy(due.norms / due.factor if due.factor != 1.0 else due.norms)
+            coef = float(clipper.clip(Gradients(due.params, norms, due.names, due.layers, due.heads)))
+            return None if coef != coef else coef
+        if not finite:
+            return 1.0  # a NaN or an Inf never multiplies anything
+        if due.factor != 1.0:
+            _unscale(due.optimizer, due.params, due.factor)
+        clipper(due.params)
+        return None
+
+    def _is_on(self, rule: str, due: Due, found: bool) -> bool:
+        """Whether a rule has its clipper on: from the update in which it finds something until its incident is over."""
+        clipping = self._clipping.get(rule)
+        on = found or self._judge.is_open(rule)
+        if on and clipping is None:
+            clipping = self._clipping[rule] = _Clipping(due.step)
+            self._judge.tell(f"clips from step {due.step} on, for {_words(rule)}: {_shown(self._clips[rule])}")
+        elif not on and clipping is not None:
+            del self._clipping[rule]
+            updates = due.step - clipping.since
+            self._judge.tell(f"clips no more from step {due.step} on, after {updates} updates: {_words(rule)} is over")
+        return on
+
+    # -- errors --------------------------------------------------------------------------------------------------------------------
+
+    def _non_finite(self, due: Due, mine: _Of | None = None) -> NonFiniteGradientError:
+        bad = [name for name, norm in zip(due.names, due.norms, strict=True) if not np.isfinite(norm)]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        due.write_provisional()
+        first = next(iter(self._judge.foresee(CAUSES)), None)
+        why = f" First of all, {first.message}." if first is not None and first.rule != "non_finite_gradient" else ""
+        text = (
+            f"step {due.step}: the gradient is not finite in {', '.join(bad[:3])}{more} ({len(bad)} of {len(due.names)} parameters of "
+            f"{type(due.optimizer).__name__}).{why} "
+        )
+        if mine is None:
+            text += "The weights have not been changed; call zero_grad() and go on with the next batch to leave this update out."
+        else:
+            text += (
+                f"So were those of the {mine.skips} updates before it, from step {mine.since} on, which were left out, and "
+                f"max_skips={self.policy.max_skips} allows no more: no batch mends this. {self._judge.story()}The weights are those of before "
+                f"step {mine.since}."
+            )
+        return NonFiniteGradientError(
+            text.rstrip(),
+            step=due.step,
+            parameters=tuple(bad),
+            rule=first.rule if first is not None else "non_finite_gradient",
+            layers=first.layers if first is not None else (),
+        )
+
+    def _stopped(self, due: Due, mine: _Of, finding: Finding) -> str:
+        text = f"step {due.step}: {_words(finding.rule)}: {finding.message}. "
+        if mine.skips:
+            text += (
+                f"So it was in the {mine.skips} updates before it, from step {mine.since} on, which were left out, and "
+                f"max_skips={self.policy.max_skips} allows no more. {self._judge.story()}"
+            )
+        return text + "The weights have not been changed."
+
+    # -- a run that goes on later --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learnt and counted, of each optimizer in the order in which they stepped first."""
+        return {
+            "optimizers": [
+                {
+                    "clippers": {rule: one.state_dict() for rule, one in mine.clippers.items() if hasattr(one, "state_dict")},
+                    "skips": (mine.skips, mine.since),
+                }
+                for mine in self._of.values()
+            ]
+            or self._loaded,
+            "clipping": {rule: each.since for rule, each in self._clipping.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._loaded = list(state["optimizers"])
+        self._clipping = {rule: _Clipping(since) for rule, since in state["clipping"].items()}
+        for mine, loaded in zip(self._of.values(), self._loaded, strict=False):
+            _load(mine, loaded)
+
+
+def _load(mine: _Of, state: Mapping[str, Any]) -> None:
+    mine.skips, mine.since = state["skips"]
+    for rule, of_clipper in state["clippers"].items():
+        clipper: Any = mine.clippers.get(rule)
+        if hasattr(clipper, "load_state_dict"):
+            clipper.load_state_dict(of_clipper)
+
+
+def _unscale(optimizer: Optimizer, params: Sequence[Tensor], factor: float) -> None:
+    """Divide out the loss scale that a fused optimizer would have divided out itself, as `GradScaler.unscale_` does it."""
+    if getattr(optimizer, "grad_scale", None) is None:
+        return  # that is done already
+    with torch.no_grad():
+        for p in params:
+            if p.grad is not None:
+                p.grad.mul_(1.0 / factor)
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def _words(rule: str) -> str:
+    return rule.replace("_", " ")
+
+
+def _shown(clip: Any) -> str:
+    return f"max_norm={clip:g}" if isinstance(clip, (int, float)) else repr(clip)
