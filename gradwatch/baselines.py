@@ -67,6 +67,7 @@ class Baselines:
         early: `[P]`, median of `first`; NaN until that is full.
         update_ratio, weight_norm, lr: `[P]`, each as last observed; NaN before.
         first_flat: float32 `[L]`, `saturated_fraction` when it was first observed; NaN before.
+        first_look: int32 `[L]`, the step of that; -1 before.
         residuals: float64 of at most `KEPT` records, oldest first: logarithm of the norm over what its columns' last observations
             let expect; 0 is usual. NaN where too little was known.
         losses: float64 of at most `KEPT` records, oldest first; NaN where not observed, or in a skipped record.
@@ -96,6 +97,7 @@ class Baselines:
     def __init__(self, parameters: int, layers: int = 0) -> None:
         self.parameters = parameters
         self.first_flat: NDArray[np.float32] = np.full(layers, np.nan, np.float32)
+        self.first_look: NDArray[np.int32] = np.full(layers, -1, np.int32)
         for name, (dtype, value) in _COLUMNS.items():
             setattr(self, name, np.full(parameters, value, dtype))
         for name, (dtype, value) in _WINDOWS.items():
@@ -132,7 +134,10 @@ class Baselines:
             new = row[name]
             np.copyto(getattr(self, name), new, where=new == new)  # where it is a number
         if full:
-            np.copyto(self.first_flat, row["saturated_fraction"], where=self.first_flat != self.first_flat)
+            flat = row["saturated_fraction"]
+            new = (self.first_flat != self.first_flat) & (flat == flat)
+            if new.any():
+                self.first_flat[new], self.first_look[new] = flat[new], step
 
     def _count(self, state: NDArray[np.uint8], skipped: bool, step: int) -> None:
         if state.size and int(np.bitwise_and.reduce(state)) & _BOTH == _BOTH and not int(np.bitwise_or.reduce(state)) & _STALE:
@@ -232,7 +237,7 @@ class Baselines:
         parameters: int,
         source: NDArray[np.int64],
         target: NDArray[np.int64],
-        first_flat: NDArray[np.float32] | None = None,
+        layers: tuple[NDArray[np.int64], NDArray[np.int64], int] | None = None,
     ) -> None:
         """The columns changed: the new column `target[i]` continues the old column `source[i]`, the others start afresh.
 
@@ -240,10 +245,13 @@ class Baselines:
             parameters: columns now.
             source: old columns that go on.
             target: where they go on.
-            first_flat: of the layers that there are now; None: they are the same as before.
+            layers: the same two of the layers, and how many there are now; None: they are the same as before.
         """
-        if first_flat is not None:
-            self.first_flat = first_flat
+        if layers is not None:
+            l_source, l_target, count = layers
+            flat, look = np.full(count, np.nan, np.float32), np.full(count, -1, np.int32)
+            flat[l_target], look[l_target] = self.first_flat[l_source], self.first_look[l_source]
+            self.first_flat, self.first_look = flat, look
         fresh = Baselines(parameters)
         for name in (*_COLUMNS, *_WINDOWS):
             array = getattr(fresh, name)

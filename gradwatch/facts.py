@@ -58,8 +58,9 @@ class LayerFact:
         flat: how the activation is flat that the module is, or that of the function behind it (`F.relu`, `torch.tanh`), or of a module
             that stands behind others too: "two-sided", "one-sided" or "probability"; "" where it has no flat part and where it is not
             known.
-        places: of an activation that stands in several places (one `nn.ReLU` used again and again), the modules with parameters that
-            run before it there. Its statistics are those of all places; those of each are told of the module before it.
+        follower: class in torch of that activation which is no module, or stands behind others too; "" where there is none.
+        places: of an activation that stands in several places (one `nn.ReLU` used again and again), the modules whose output it is
+            given there, or that run before it. Its statistics are those of all places; those of each are told of the module before it.
         in_scope: not left out by `Sampling.include` and `exclude`.
         run: rank of its first call, in the order in which modules returned: a container comes after what it holds. None: it was not seen
             to run.
@@ -73,6 +74,7 @@ class LayerFact:
     activation: str | None = None
     in_scope: bool = True
     flat: str = ""
+    follower: str = ""
     places: tuple[str, ...] = ()
     run: int | None = None
 

@@ -283,9 +283,7 @@ class History:
                 else:
                     row[name][l_to] = columns[name][t][l_from]
             ring.append(row)
-        first_flat = np.full(len(self._layers), np.nan, np.float32)
-        first_flat[l_to] = self.baselines.first_flat[l_from]
-        self.baselines.relayout(len(self._parameters), p_from, p_to, first_flat)
+        self.baselines.relayout(len(self._parameters), p_from, p_to, (l_from, l_to, len(self._layers)))
 
     # -- a run that goes on later, or is judged again ------------------------------------------------------------------------------
 

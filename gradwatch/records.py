@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the history's layout. It grows whenever a column is added, renamed or changes its meaning."""
 
 

@@ -112,14 +112,14 @@ class Output:
 
 @dataclass
 class Call:
-    """One call of a module; `below`: gradients with respect to its first input; `after`: the module with parameters that ran last."""
+    """One call of a module; `below`: gradients with respect to its first input; `place`: of an activation, what it is behind."""
 
     outputs: list[Output] = field(default_factory=list)
     below: list[Sample] = field(default_factory=list)
     flat: int = 0
     judged: int = 0
     fired: NDArray[np.bool_] | None = None
-    after: str | None = None
+    place: tuple[str, str] | None = None
 
 
 class LayerReference:
@@ -152,9 +152,10 @@ class LayerReference:
         self._calls: dict[str, list[Call]] = {}
         self._inputs: list[Sample] = []
         self._looks: dict[str, int] = {}
-        self._fired: dict[tuple[str, str | None], NDArray[np.int64]] = {}
-        self._looked: dict[tuple[str, str | None], int] = {}
-        self._behind: dict[str, set[str | None]] = {}
+        self._fired: dict[tuple[str, Any], NDArray[np.int64]] = {}
+        self._looked: dict[tuple[str, Any], int] = {}
+        self._places: dict[str, set[tuple[str, str] | None]] = {}
+        self._by: dict[int, tuple[Tensor, str]] = {}
         self._last: str | None = None
         self._scale = 1.0
         self._off, self._takes = 0, False
@@ -267,13 +268,17 @@ class LayerReference:
         if self._off:
             return None
         calls = self._calls.setdefault(name, [])
-        call = Call(below=below, after=self._last)
+        by = self._whose(args[0]) if args else None
+        call = Call(below=below, place=("given", by) if by else ("behind", self._last) if self._last else None)
         if list(module.parameters()) and (not list(module.children()) or isinstance(module, nn.MultiheadAttention)):
-            self._last = name
+            self._last = by = name
+        if type(module) in JUDGED:
+            by = name
         calls.append(call)
         # Of an activation those of each place.
-        here = [one for one in calls if type(module) not in JUDGED or one.after == call.after]
+        here = [one for one in calls if type(module) not in JUDGED or one.place == call.place]
         if len(here) > CALLS:
+            self._note_whose(output, by)
             return None
         new: dict[int, Tensor] = {}
         for i, tensor in enumerate(tensors_in(output)):
@@ -293,7 +298,23 @@ class LayerReference:
                 self._stand_ins[id(stand_in)] = stand_in, stand_in._version, one
             if i == 0 and type(module) in JUDGED:
                 self._judge(name, module, call, args, tensor.detach())
-        return rebuilt(output, new)
+        result = rebuilt(output, new)
+        self._note_whose(result, by)
+        return result
+
+    def _note_whose(self, output: Any, by: str | None) -> None:
+        for tensor in tensors_in(output):
+            by = self._whose(tensor) or by  # a container puts out what its last module did
+            if by:
+                self._by[id(tensor)] = tensor, by
+
+    def _whose(self, given: Any) -> str | None:
+        """The module whose work the first tensor is, though it was changed in place since."""
+        for tensor in tensors_in(given)[:1]:
+            known = self._by.get(id(tensor))
+            if known is not None and known[0] is tensor:
+                return known[1]
+        return None
 
     def _judge(self, name: str, module: nn.Module, call: Call, args: tuple[Any, ...], y: Tensor) -> None:
         values = Sample.of(y).values  # type: ignore[union-attr]
@@ -350,29 +371,30 @@ class LayerReference:
         self._summarise_activation(row, name, calls)
 
     def _summarise_activation(self, row: dict[str, Any], name: str, calls: list[Call]) -> None:
-        """What is behind one module and behind another is told of the two, besides what is told of the activation as a whole."""
-        behind = self._behind.setdefault(name, set())
-        behind |= {call.after for call in calls if call.judged or call.fired is not None}
-        groups = {after: [call for call in calls if call.after == after] for after in {call.after for call in calls}}
+        """What stands behind one module and behind another is told of the two, besides what is told of the activation as a whole."""
+        places = self._places.setdefault(name, set())
+        places |= {call.place for call in calls if call.judged or call.fired is not None}
         if judged := sum(call.judged for call in calls):
             row["saturated_fraction"][name] = sum(call.flat for call in calls) / judged
         dead, units = 0, 0
-        for after, group in groups.items():
+        for place in {call.place for call in calls}:
+            group = [call for call in calls if call.place == place]
+            told = place[1] if place and len(places) > 1 and type(self.modules[place[1]]) not in JUDGED else None
             judged = sum(call.judged for call in group)
-            if judged and len(behind) > 1 and after is not None:
-                row["saturated_fraction"][after] = sum(call.flat for call in group) / judged
+            if judged and told:
+                row["saturated_fraction"][told] = sum(call.flat for call in group) / judged
             fired = [call.fired for call in group if call.fired is not None]
             if not fired:
                 continue
-            key = name, after
+            key = name, place
             look = self._looked[key] = self._looked.get(key, 0) + 1
             last = self._fired.setdefault(key, np.zeros(len(fired[0]), np.int64))
             last[np.logical_or.reduce(fired)] = look
             if look >= DEAD_FROM:
                 here = int((look - last >= min(look, DEAD_WINDOW)).sum())
                 dead, units = dead + here, units + len(last)
-                if len(behind) > 1 and after is not None:
-                    row["dead_fraction"][after] = here / len(last)
+                if told:
+                    row["dead_fraction"][told] = here / len(last)
         if units:
             row["dead_fraction"][name] = dead / units
         if any(call.judged or call.fired is not None for call in calls):

@@ -64,9 +64,10 @@ def kind_of(module: nn.Module) -> str:
     name = type(module).__name__
     if name.endswith("Norm") or "RMSNorm" in name:
         return "normalization"
-    if name.endswith("Activation"):  # transformers wraps torch's functions in classes of its own: GELUActivation, SiLUActivation
-        return "activation"
-    return "container" if private.children(module) else "other"
+    if private.children(module):
+        return "container"
+    # transformers wraps torch's functions in classes of its own: GELUActivation, SiLUActivation.
+    return "activation" if name.endswith("Activation") else "other"
 
 
 def in_scope(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
@@ -123,7 +124,7 @@ def describe(
     outside_in_model: tuple[str, ...] = (),
     opaque: bool = False,
     unreached: Iterable[int] = (),
-    functions: Mapping[str, str] = MappingProxyType({}),
+    functions: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     run: Mapping[str, int] = MappingProxyType({}),
 ) -> Meta:
@@ -143,7 +144,8 @@ def describe(
         outside_in_model: paths of those found in a module's attributes.
         opaque: the graph hides something.
         unreached: slots that no graph reaches.
-        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too.
+        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too, and
+            its class in torch.
         places: activation that stands in several places -> the layers that it follows there.
         run: layer -> rank of its first call.
     """
@@ -185,7 +187,8 @@ def describe(
                 order=layer_order.get(name),
                 role=role,
                 activation=type(module).__name__ if kind == "activation" else None,
-                flat=saturation.shape(module) or functions.get(name, ""),
+                flat=saturation.shape(module) or functions.get(name, ("", ""))[0],
+                follower=functions.get(name, ("", ""))[1],
                 places=places.get(name, ()),
                 run=run.get(name),
                 in_scope=in_scope(name, include, exclude),

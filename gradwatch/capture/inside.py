@@ -32,7 +32,8 @@ class Inside:
 
     Attributes:
         hooks: on the modules.
-        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too.
+        functions: layer -> how the activation is flat that follows it as a function, or as a module that stands in other places too, and
+            its class in torch.
         places: activation that stands in several places -> the layers that it follows there.
         run: layer -> rank of its first call.
     """
@@ -47,7 +48,7 @@ class Inside:
     ) -> None:
         self._models, self._table, self._sampling, self._notice = models, table, sampling, notice
         self.hooks = ModuleHooks(here, notice)
-        self.functions: dict[str, str] = {}
+        self.functions: dict[str, tuple[str, str]] = {}
         self.places: dict[str, tuple[str, ...]] = {}
         self.run: dict[str, int] = {}
         self._ran: set[int] = set()
@@ -124,13 +125,15 @@ class Inside:
             for activation in part.activations:
                 if activation.out is not part.out:
                     names = names or list(self._table.modules)
-                    self.functions.setdefault(names[part.column], saturation.shape(activation.module))
-        shared = [cell for cell in self.hooks.cells if cell.is_shared()]
-        for cell in shared:
-            names = names or list(self._table.modules)
-            self.places[names[cell.column]] = follows = tuple(names[place] for place in cell.places if place >= 0)
-            for name in follows:
-                self.functions.setdefault(name, saturation.shape(cell.module))
+                    self.functions.setdefault(names[part.column], _flat(activation.module))
+        told: dict[str, list[str]] = {}
+        for before in self.hooks.cells:
+            if before.tells is not None:
+                names = names or list(self._table.modules)
+                name = names[before.column]
+                told.setdefault(names[before.tells[0].column], []).append(name)
+                self.functions[name] = _flat(before.tells[0].module)
+        self.places = {activation: tuple(follows) for activation, follows in told.items()}
         return (len(self.functions), len(self.run), sum(map(len, self.places.values()))) != known
 
     def statistics(self, draft: Draft, taken: Taken) -> Mapping[str, NDArray[np.float64] | float]:
@@ -165,3 +168,8 @@ class Inside:
                 "was attached, or while it looked away, learns of them by torch.compiler.reset(); or attach the watch before the first call. "
                 "Inside torch.func transforms and operators such as torch.cond they cannot be seen."
             )
+
+
+def _flat(activation: nn.Module) -> tuple[str, str]:
+    """How it is flat, and what it is."""
+    return saturation.shape(activation), type(activation).__name__

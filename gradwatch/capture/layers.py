@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gradwatch.capture import saturation
-from gradwatch.capture.modules import FUNCTION, PLACES, Cell, Taken
+from gradwatch.capture.modules import BEHIND, FUNCTION, PLACES, Cell, Taken
 from gradwatch.capture.parts import Activation, Part, Row
 from gradwatch.capture.units import Units
 from gradwatch.records import STATISTICS
@@ -156,8 +156,8 @@ class _Seen:
         activation: what it did.
         cell: of the activation, or of the module that a function follows.
         place: where it stands (`Cell.places`).
-        also: column of another module that it is told of: of an activation that stands in several places, the one before it in this
-            one, as if it were a function. -1: none.
+        also: column of another module under which it is told, too, as if it were a function: of an activation that stands in several
+            places, that before it in this one. -1: none.
     """
 
     activation: Activation
@@ -173,12 +173,21 @@ def _activations(parts: Sequence[Part], cells: Mapping[int, Cell]) -> list[_Seen
         if cell is None:
             continue
         for activation in part.activations:
-            place = part.after if activation.out is part.out else FUNCTION
+            place = part.place if activation.out is part.out else FUNCTION
             if place not in cell.places:
                 place = place if len(cell.places) < PLACES else -1
                 cell.places.setdefault(place, Units())
             found.append((activation, cell, place))
-    return [_Seen(activation, cell, place, place if cell.is_shared() else -1) for activation, cell, place in found]
+    several = [(cell, place) for cell, place in dict.fromkeys((cell, place) for _, cell, place in found) if cell.is_shared()]
+    # What is known to be given a module's output goes before what only runs after it: of two such, the row tells one.
+    for cell, place in sorted(several, key=lambda one: one[1] <= BEHIND):
+        before = cells.get(place if place >= 0 else BEHIND - place)
+        if before is None or before.flat or FUNCTION in before.places:
+            continue
+        if before.tells is None or (place >= 0 and before.tells[1] <= BEHIND):
+            before.tells = cell, place
+    told = {before.tells: before.column for before in cells.values() if before.tells is not None}
+    return [_Seen(activation, cell, place, told.get((cell, place), -1)) for activation, cell, place in found]
 
 
 def _take_activations(found: _Found, table: _Table, place: Mapping[int, int], seen: Sequence[_Seen], layers: int) -> None:

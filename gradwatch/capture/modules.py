@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from time import perf_counter
@@ -34,14 +34,18 @@ CALLS = 8
 """Calls of one module that are sampled in one record, the first ones, and of an activation in each of its places; all are counted. It
 bounds what an update of many micro-batches holds: 8 KB a call."""
 
-PLACES = 64
+PLACES = 256
 """Places that are told apart of one activation; blocks that run in ever another order have more."""
+
+SAMPLED = 1024
+"""Calls of one activation that are sampled in one record, in all its places: 8 MB."""
 
 LOOKS = 4
 """Graphs in a row without an activation that is a function, after which no more are walked: GANs and their like have two or three."""
 
-FUNCTION = -2
-"""In place of a module's column: an activation that is no module."""
+FUNCTION, BEHIND = -2, -3
+"""In place of a module's column: an activation that is no module; and `BEHIND - column` where it is not known what an activation was
+given, for the module with parameters that returned last before it."""
 
 _HIDING = (nn.Linear, nn.Bilinear, nn.LSTM, nn.GRU, nn.RNN)
 
@@ -54,7 +58,7 @@ class Cell(Ours):
     Attributes:
         module: the module.
         column: its column in the history; -1 where it is not in scope.
-        end: the last column of what it holds.
+        changing: columns of what it holds that works in place.
         root: number of the watched model that it belongs to.
         kind: what it is (`description.kind_of`).
         changes: it works in place.
@@ -64,8 +68,9 @@ class Cell(Ours):
         claimed: how many of those belong to the open record.
         late: it came during the update at hand, which knows only some of its calls.
         looks: records in which its units were looked at.
-        places: units in each of the places where the activation stands that it is, by the column of the module that runs before it
-            there (`Part.after`); `FUNCTION`: those of a function that follows it.
+        places: units in each of the places where the activation stands that it is, by the column of the module whose output it is given
+            (`Part.by`), or by `BEHIND - column`; -1: not known; `FUNCTION`: those of a function that follows it.
+        tells: an activation and its place, which stands behind the module and is told of under it.
         sampled: the places of the calls of an activation that were sampled since the last record that took them.
         claimed_samples: how many of those belong to the open record.
         traced: what compiled code writes into; None where none could.
@@ -75,10 +80,10 @@ class Cell(Ours):
         "_hooks",
         "calls",
         "changes",
+        "changing",
         "claimed",
         "claimed_samples",
         "column",
-        "end",
         "fires",
         "flat",
         "hides",
@@ -91,13 +96,14 @@ class Cell(Ours):
         "places",
         "root",
         "sampled",
+        "tells",
         "traced",
     )
 
     def __init__(self, hooks: ModuleHooks, module: nn.Module, column: int, root: int, kind: str) -> None:
         self._hooks: ModuleHooks | None = hooks
         self.module, self.column, self.root, self.kind = module, column, root, kind
-        self.end = column
+        self.changing: frozenset[int] = frozenset()
         self.flat = saturation.shape(module) != ""
         self.needs_input = self.flat and saturation.needs_input(module)
         self.fires = saturation.fires(module)
@@ -108,20 +114,17 @@ class Cell(Ours):
         self.late = False
         self.traced: Traced | None = None
         self.places: dict[int, Units] = {}
+        self.tells: tuple[Cell, int] | None = None
         self.sampled: list[int] = []
         self.claimed_samples = 0
 
-    def is_sampled(self, after: int) -> bool:
-        """Whether its call that has just been counted is sampled.
-
-        Args:
-            after: see `Part.after`.
-        """
+    def is_sampled(self, place: int) -> bool:
+        """Whether its call that has just been counted, of an activation in that place, is sampled."""
         if not self.flat:
             return self.calls <= CALLS
-        if self.sampled.count(after) >= CALLS or len(self.sampled) >= CALLS * PLACES:
+        if self.sampled.count(place) >= CALLS or len(self.sampled) >= SAMPLED:
             return False
-        self.sampled.append(after)
+        self.sampled.append(place)
         return True
 
     def is_shared(self) -> bool:
@@ -196,6 +199,7 @@ class ModuleHooks:
         here: as given.
         cells: one for each module in scope.
         listening: this update is looked at.
+        partial: some modules are not in scope.
         compiled: there is compiled code in the process: the hooks stay in place, for it would not take them back.
         inside: a watched model is running and its modules are looked at; False: they are not (no gradient is recorded, or a
             checkpoint is recomputed); None: no watched model is running as a whole.
@@ -208,6 +212,7 @@ class ModuleHooks:
         self.here, self._notice = here, notice
         self.cells: list[Cell] = []
         self.listening = False
+        self.partial = False
         self.compiled = False
         self.inside: bool | None = None
         self.entered: Cell | None = None
@@ -249,15 +254,13 @@ class ModuleHooks:
             cell.column, cell.root = column, root
             cell.late = cell.late or (bool(known) and id(module) not in known and self.listening)
             by_module[id(module)] = cell
-        for cell in by_module.values():
-            held = [by_module[id(module)].column for module in cell.module.modules() if id(module) in by_module]
-            cell.end = max(held)
+        changing = {id(cell.module): cell.column for cell in by_module.values() if cell.changes}
+        for cell in by_module.values() if changing else ():
+            held = (changing.get(id(module), -1) for module in cell.module.modules())
+            cell.changing = frozenset(held) - {-1, cell.column}
         self.cells = list(by_module.values())
-        now = {column: cell.column if id(cell.module) in by_module else -1 for column, cell in before.items()}  # -1: it is gone
-        for part in (part for parts in self._parts for part in parts):
-            part.column, part.after = now[part.column], now.get(part.after, -1)
-        for cell in self.cells:
-            cell.places = {now.get(place, place): units for place, units in cell.places.items()}
+        self.partial = any(id(module) not in by_module for model in roots for module in model.modules())
+        self._renumber({column: cell.column for column, cell in before.items() if id(cell.module) in by_module})
         for i, model in enumerate(roots):
             if id(model) not in by_module:
                 by_module[id(model)] = Cell(self, model, -1, i, "container")
@@ -282,6 +285,23 @@ class ModuleHooks:
         self._totals = Totals([(cell.column, cell.root, cell.traced) for cell in self.cells if cell.traced is not None])
         self.compiled = self.compiled or compiled or private.has_compiled() or any(map(private.is_compiled, self._touched))
         self._in_place(self.listening or self.compiled)
+
+    def _renumber(self, now: Mapping[int, int]) -> None:
+        """Columns have changed; those that are not in `now` are gone."""
+
+        def of(place: int) -> int | None:
+            if place > BEHIND:
+                return now.get(place) if place >= 0 else place
+            column = now.get(BEHIND - place)
+            return None if column is None else BEHIND - column
+
+        for part in (part for parts in self._parts for part in parts):
+            place = of(part.place)
+            part.column, part.by, part.place = now.get(part.column, -1), now.get(part.by, -1), -1 if place is None else place
+        for cell in self.cells:
+            cell.places = {new: units for place, units in cell.places.items() if (new := of(place)) is not None}
+            cell.sampled = [-1 if (new := of(place)) is None else new for place in cell.sampled]
+            cell.tells = None
 
     def listen(self, on: bool) -> None:
         """Whether the next update is looked at: hooks are in place only where it is (a dictionary's insertion: 0.1 us a module)."""
@@ -369,13 +389,14 @@ class ModuleHooks:
         if outputs and outputs[0].is_meta:
             return
         cell.calls += 1
-        after = self._last
-        if cell.holds:
-            self._last = cell.column
-        if not cell.is_sampled(after):
-            return
         given = tensors_in(args[0]) if args else None
         source = given[0] if given else None
+        by = cell.column if cell.holds or cell.flat else self._by(source)
+        place = self._place(cell, source) if cell.flat else -1
+        if cell.holds:
+            self._last = cell.column
+        if not cell.is_sampled(place):
+            return
         in_place = source is not None and id(source) in map(id, outputs)
         # An activation in place has changed its input once.
         before = None if source is None else self._maker(source, changes=int(in_place and cell.changes))
@@ -383,10 +404,12 @@ class ModuleHooks:
             part = self._part(cell, tensor, source, before)
             if part is None:
                 continue
-            part.after = after
+            part.place = place
+            if part.by < 0:
+                part.by = by
             part.changed = before if in_place else None
             if i == 0 and source is not None and part.above is not None:
-                if before is not None and cell.column < before.column <= cell.end:
+                if before is not None and before.column in cell.changing:
                     # What the container was given has been changed in place by what it holds.
                     part.below = _first_change(before, cell).below
                 elif before is not None and before.above is not None:
@@ -395,6 +418,19 @@ class ModuleHooks:
                     self._ask_below(part, cell, source, in_place)
             self._parts[cell.root].append(part)
             self._made[id(tensor)] = (weakref.ref(tensor), private.version_or_zero(tensor), part)
+
+    def _by(self, tensor: Tensor | None) -> int:
+        """`Part.by` of a tensor, also of one that was changed in place since."""
+        made = None if tensor is None else self._made.get(id(tensor))
+        return made[2].by if made is not None and made[0]() is tensor else -1
+
+    def _place(self, cell: Cell, given: Tensor | None) -> int:
+        """Where an activation stands that was given this."""
+        by = self._by(given)
+        if by >= 0 or self._last < 0 or self.partial:  # what is not in scope may have run in between
+            return by
+        # Of a call too many to be sampled the output is not known again.
+        return self._last if self._last in cell.sampled or self._last in cell.places else BEHIND - self._last
 
     def _ask_below(self, part: Part, cell: Cell, source: Tensor, in_place: bool) -> None:
         delta = Delta(self._sample_delta, self._fail)
@@ -410,7 +446,7 @@ class ModuleHooks:
     def _part(self, cell: Cell, tensor: Tensor, source: Tensor | None, before: Part | None) -> Part | None:
         child = None if tensor is source else self._maker(tensor)
         if child is not None:  # what a container puts out is what its last module did
-            return Part(cell.column, child.out, child.above, own=(False, False), axis=child.axis, node=child.node)
+            return Part(cell.column, child.out, child.above, own=(False, False), axis=child.axis, node=child.node, by=child.by)
         values = tensor.detach()
         row = self._sample(values, whole=True)
         if row is None:
@@ -608,6 +644,6 @@ class ModuleHooks:
 
 def _first_change(part: Part, container: Cell) -> Part:
     """The part of the first module in a container that changed the container's input in place."""
-    while part.changed is not None and container.column < part.changed.column <= container.end:
+    while part.changed is not None and part.changed.column in container.changing:
         part = part.changed
     return part

@@ -158,7 +158,9 @@ class Part:
         node: sequence number of the autograd node that made the tensor; -1: none.
         leaf: its module is no container.
         readable: what the graph saved behind it may be read: nobody's hooks pack it.
-        after: column of the module with parameters, no container, that returned last before this one; -1: none.
+        by: column of the module whose work it is: that with parameters, or the activation, that put it out or the input of what did (a
+            dropout, a pooling); -1: not known.
+        place: of an activation, where it stands (`Cell.places`).
         changed: the part that the tensor was before the module changed it in place; None: it did not, or nobody knows.
         activations: the module, if it is one, or the functions that follow it.
     """
@@ -172,7 +174,8 @@ class Part:
     node: int = -1
     leaf: bool = True
     readable: bool = True
-    after: int = -1
+    by: int = -1
+    place: int = -1
     changed: Part | None = None
     activations: list[Activation] = field(default_factory=list)
 

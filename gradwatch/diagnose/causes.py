@@ -76,7 +76,8 @@ def earliest(finding: Finding, history: History) -> int:
     if finding.rule not in _BLOCKS or not finding.step:
         return finding.step
     named = set(finding.layers)
-    columns = [i for i, name in enumerate(history.layers) if name in named]
+    shared = {fact.name for fact in history.meta.layers if set(fact.places) & named}  # what it looked at may have been other places
+    columns = [i for i, name in enumerate(history.layers) if name in named - shared]
     looked = np.isfinite(history.recent("saturated_fraction", BACK)[:, columns]).any(axis=1)
     looks = history.steps[-len(looked) :][looked]
     before = looks[looks < finding.step]

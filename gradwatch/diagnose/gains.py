@@ -20,6 +20,9 @@ one way says nothing."""
 FUNCTION = "function"
 """What an activation is called that is no module (`torch.tanh`)."""
 
+SAME = 1e-4
+"""Decades between two readings of the same gradient, from samples: what lies nearer is one."""
+
 MANY = 2000
 """Modules between the two places beyond which nobody reads a product."""
 
@@ -94,6 +97,7 @@ class _Inner:
         kind: `[N]`, number of its class.
         plain: `[N]`, is no activation itself.
         follower: `[N]`, what the activation is called that stands behind it.
+        holds: `[N]`, has parameters.
     """
 
     layers: NDArray[np.int64]
@@ -102,6 +106,7 @@ class _Inner:
     kind: NDArray[np.int64]
     plain: NDArray[np.bool_]
     follower: tuple[str, ...]
+    holds: NDArray[np.bool_]
 
 
 def _inner(meta: Meta) -> _Inner:
@@ -113,9 +118,9 @@ def _inner(meta: Meta) -> _Inner:
         number: dict[str, int] = {}
         kind = np.array([number.setdefault(meta.layers[i].type, len(number)) for i in layers], np.int64)
         plain = np.array([meta.layers[i].activation is None for i in layers], bool)
-        shared = {feeder: fact.type for fact in meta.layers for feeder in fact.places}
-        follower = tuple(shared.get(meta.layers[i].name, FUNCTION) for i in layers)
-        kept = meta.derived[_Inner] = _Inner(layers, execution.rank[layers], tuple(number), kind, plain, follower)
+        follower = tuple(meta.layers[i].follower or FUNCTION for i in layers)
+        holds = np.isin(layers, meta.layer_index)
+        kept = meta.derived[_Inner] = _Inner(layers, execution.rank[layers], tuple(number), kind, plain, follower, holds)
     inner: _Inner = kept
     return inner
 
@@ -132,20 +137,29 @@ def _kinds_between(history: History, lower: int, upper: int) -> list[Kind]:
     way, kind = inner.layers[start:stop], inner.kind[start:stop]
     with np.errstate(divide="ignore"):
         gain, delta = np.log10(gains[last, way]), np.log10(history.recent("delta_norm", BACK)[last, way])
+    # A dropout that stands in several places mixes them: what it does is told with the activation behind it.
+    calls = history.recent("calls", BACK)[last]
+    once = inner.holds[start:stop] | ~(calls[way] > max(calls[lower], calls[upper]))
+    gain[~once] = np.nan
     told = ~np.isnan(gain)
     told[0] = False  # the gain of the lower one lies below its output, and is none of its business
     count = np.bincount(kind[told], minlength=len(inner.names))
     decades = np.bincount(kind[told], gain[told], len(inner.names))
     kinds = {inner.names[i]: Kind(inner.names[i], int(count[i]), float(decades[i])) for i in np.flatnonzero(count)}
     # Between a module that a function follows and the next one lies what that does.
-    flat = history.recent("saturated_fraction", BACK)[last, way]
+    flat, holds = history.recent("saturated_fraction", BACK)[last, way], inner.holds[start:stop]
     function = np.flatnonzero(inner.plain[start:stop] & np.isfinite(flat + delta))
     if function.size:
         known = np.flatnonzero(np.isfinite(gain + delta))
         behind = np.searchsorted(known, function, side="right")
-        function, above = function[behind < len(known)], known[behind[behind < len(known)]]
-        passed = delta[function] - delta[above] - gain[above]
-        for i, decades_there in zip(function.tolist(), passed.tolist(), strict=True):
+        for i, first in zip(function.tolist(), behind.tolist(), strict=True):
+            at, last = i, first
+            # A dropout between the two passes on what it gets: the activation is behind it.
+            while last < len(known) and abs(delta[at] - delta[known[last]] - gain[known[last]]) < SAME and not holds[known[last]]:
+                at, last = int(known[last]), last + 1
+            if last == len(known):
+                continue
+            decades_there = float(delta[at] - delta[known[last]] - gain[known[last]])
             name = inner.follower[start + i]
             other = kinds.get(name, Kind(name, 0, 0.0))
             kinds[name] = Kind(name, other.count + 1, other.decades + decades_there)

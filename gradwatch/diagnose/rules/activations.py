@@ -101,7 +101,8 @@ def dead_units(history: History) -> Iterator[Finding]:
     if not (sick.any() or silent.any()):
         return
     looks = _Looks.of(history, np.flatnonzero(sick | silent))
-    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts).sorted(execution_of(history.meta))
+    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
+    looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
     layers = looks.layers
@@ -152,7 +153,7 @@ def saturated_activation(history: History) -> Iterator[Finding]:
         return
     feeders = _Feeders(history)
     looks = looks.pick(np.array([feeders.is_hidden(int(i)) and not feeders.is_gate(int(i)) for i in looks.layers], bool))
-    looks = looks.sorted(execution_of(history.meta))
+    looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
     share, gain = float(looks.usual(looks.share)[0]), float(looks.usual(looks.gain)[0])
@@ -209,7 +210,7 @@ class _Looks:
         layers: `[C]`, columns.
         steps: `[T]`, numbers of the records, oldest first.
         share, gain: `[T, C]`, `saturated_fraction` and `gain`; NaN where not observed.
-        first: `[C]`, the first share of all.
+        first, since: `[C]`, the first share of all, and the record in which it was seen.
     """
 
     layers: NDArray[np.int64]
@@ -217,6 +218,7 @@ class _Looks:
     share: NDArray[np.float32]
     gain: NDArray[np.float32]
     first: NDArray[np.float32]
+    since: NDArray[np.int32]
 
     @classmethod
     def of(cls, history: History, layers: NDArray[np.int64]) -> _Looks:
@@ -225,16 +227,16 @@ class _Looks:
         share = history.recent("saturated_fraction", back)[:, layers]
         looked = np.isfinite(share).any(axis=1)
         gain = history.recent("gain", back)[looked][:, layers]
-        return cls(layers, history.steps[-len(share) :][looked], share[looked], gain, history.baselines.first_flat[layers])
+        first, since = history.baselines.first_flat[layers], history.baselines.first_look[layers]
+        return cls(layers, history.steps[-len(share) :][looked], share[looked], gain, first, since)
 
-    def pick(self, keep: NDArray[np.bool_]) -> _Looks:
+    def pick(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> _Looks:
         """Some of the layers."""
-        return _Looks(self.layers[keep], self.steps, self.share[:, keep], self.gain[:, keep], self.first[keep])
+        return _Looks(self.layers[keep], self.steps, self.share[:, keep], self.gain[:, keep], self.first[keep], self.since[keep])
 
     def sorted(self, execution: Execution) -> _Looks:
         """Those that run first first."""
-        order = np.argsort(execution.rank[self.layers], kind="stable")
-        return _Looks(self.layers[order], self.steps, self.share[:, order], self.gain[:, order], self.first[order])
+        return self.pick(np.argsort(execution.rank[self.layers], kind="stable"))
 
     def run(self, least: NDArray[np.float64] | float) -> _Run:
         """The looks up to the last in which the share has been so large without a break."""
@@ -282,17 +284,19 @@ class _Run:
     whole: NDArray[np.bool_]
 
     def since(self, looks: _Looks) -> int:
-        """The step at which the first of them began; 0 for one that was there at the first look."""
-        return 0 if bool(self.whole.any()) else int(looks.steps[self.start].min())
+        """The step at which the first of them began; of one that was there at its first look, that of this look, or 0 in the beginning."""
+        first = np.where(looks.since < WINDOW, 0, looks.since)  # of several models in turns, one is looked at first
+        return int(np.where(self.whole, first, looks.steps[self.start]).min())
 
 
 def _passes_little(history: History, looks: _Looks, run: _Run, stuck: bool) -> NDArray[np.bool_]:
     """`[C]`: of layers whose share has long been `FROM_START`, whether that is a fault."""
-    names = [history.meta.layers[i].activation for i in looks.layers]
+    facts = [history.meta.layers[i] for i in looks.layers]
+    names = [fact.activation or fact.follower for fact in facts]
     # What a function passes is not in the gain of the module that it follows.
-    function = np.array([name is None for name in names], bool)
-    gate = function | np.array([name in _GATES for name in names], bool)
-    passed = looks.usual(looks.gain) / np.array([STEEPEST.get(name or "", 1.0) for name in names])
+    function = np.array([fact.activation is None for fact in facts], bool)
+    gate = np.array([not name or name in _GATES for name in names], bool)
+    passed = looks.usual(looks.gain) / np.array([STEEPEST.get(name, 1.0) for name in names])
     share = looks.usual(looks.share)
     little = np.where(function, share >= UNSEEN, passed <= PASSES)
     held = stuck & looks.run(STUCK).lasts
@@ -344,8 +348,8 @@ class _Feeders:
 
     def is_gate(self, layer: int) -> bool:
         """A sigmoid, or what may be one, before which the gradient has another way."""
-        name = self._facts[layer].activation
-        if name is not None and name not in _GATES:
+        name = self._facts[layer].activation or self._facts[layer].follower
+        if name and name not in _GATES:
             return False
         feeder = self.of(layer)
         if feeder < 0 or feeder not in self._scale:
@@ -359,6 +363,12 @@ class _Feeders:
 def _input_std(history: History) -> float:
     std = history.recent("input_std", LASTING)
     return float(np.nanmedian(std)) if np.isfinite(std).any() else float("nan")
+
+
+def _in_their_places(history: History, layers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`[C]`: of sick activations, all but those of which places are sick: the numbers of these say more than those of all places."""
+    sick = {history.layers[i] for i in layers}
+    return np.array([not sick.intersection(history.meta.layers[i].places) for i in layers], bool)
 
 
 def _named(history: History, layers: NDArray[np.int64]) -> tuple[tuple[str, ...], str]:
@@ -377,8 +387,6 @@ def _named(history: History, layers: NDArray[np.int64]) -> tuple[tuple[str, ...]
             names |= {activation: None, fact.name: None}
             called[f"{activation} behind {fact.name or '(model)'}"] = None
         else:
-            names[fact.name] = None
-            if not fact.places or not set(fact.places) & {history.layers[j] for j in layers}:
-                called[fact.name or "(model)"] = None
+            names[fact.name] = called[fact.name or "(model)"] = None
     first, *more = called
     return tuple(names), f"{first} and {len(more)} more" if more else first
