@@ -8,6 +8,7 @@ with GradWatch(model):
 ```
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from gradwatch.records import (
     GradState,
     NonFiniteGradientError,
     Origin,
+    RuleError,
     Sampling,
     Severity,
     SkipReason,
@@ -36,6 +38,7 @@ __all__ = [
     "History",
     "NonFiniteGradientError",
     "Origin",
+    "RuleError",
     "Sampling",
     "Severity",
     "SkipReason",
@@ -55,6 +58,8 @@ def __getattr__(name: str) -> Any:
         from gradwatch.watch import GradWatch
 
         return GradWatch
+    if name == "clip":
+        return import_module("gradwatch.clip")
     raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
 
 

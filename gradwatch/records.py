@@ -8,7 +8,7 @@ the trackers and the reports take names, dtypes and units from it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class SkipReason(enum.IntEnum):
     SCALER = 2
     """A GradScaler found an Inf or a NaN in the gradients and left the step out."""
     RAISED = 3
-    """`on_nonfinite="raise"`, or a limit on skips, stopped the step."""
+    """`on_nonfinite="raise"`, `on_rule={...: "raise"}` or a limit on skips stopped the step."""
     NON_FINITE = 4
     """`on_nonfinite="skip"` left the step out: a gradient was not finite."""
     RULE = 5
@@ -302,5 +302,26 @@ class NonFiniteGradientError(RuntimeError):
         return _again, (type(self), str(self), {name: getattr(self, name) for name in names})
 
 
-def _again(cls: type[NonFiniteGradientError], message: str, known: dict[str, Any]) -> NonFiniteGradientError:
+class RuleError(RuntimeError):
+    """A rule found something before a step, and `on_rule={rule: "raise"}` was asked for, or "skip" and it was too often in a row.
+
+    The weights have not been changed by it.
+
+    Attributes:
+        step: number of the update.
+        rule: name of the rule.
+        layers: the modules that it names, most responsible first.
+    """
+
+    def __init__(self, message: str, *, step: int, rule: str, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.rule = rule
+        self.layers = layers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self), {name: getattr(self, name) for name in ("step", "rule", "layers")})
+
+
+def _again(cls: Callable[..., Exception], message: str, known: dict[str, Any]) -> Exception:
     return cls(message, **known)

@@ -73,7 +73,7 @@ class GradWatch:
         on_nonfinite: "warn" tells of gradients that are not finite; "raise" raises `NonFiniteGradientError` before the weights change;
             "skip" leaves the step out: weights, moments and counters stay as they are, buffers go back (`restore_buffers`).
         on_rule: what is done when a rule finds something, by the rule's name: "skip" leaves out the step of each update in which it does,
-            "raise" raises RuntimeError before it; a float (`max_norm`) or a clipper clips from the update in which it does until its
+            "raise" raises `RuleError` before it; a float (`max_norm`) or a clipper clips from the update in which it does until its
             incident is over, and both ends are told. Such rules are asked before each step, too.
         max_skips: steps of one optimizer in a row that are left out before it raises, with the whole story.
         restore_buffers: whether a step that is left out takes back what its forward pass did to the models' buffers (a BatchNorm's

@@ -25,6 +25,7 @@ PUBLIC = [
     "History",
     "NonFiniteGradientError",
     "Origin",
+    "RuleError",
     "Sampling",
     "Severity",
     "SkipReason",

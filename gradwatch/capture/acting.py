@@ -17,7 +17,7 @@ from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.norms import NormReader, exact
 from gradwatch.capture.parameters import ParameterTable
 from gradwatch.capture.slab import PROBES
-from gradwatch.records import Acted, NonFiniteGradientError, SkipReason
+from gradwatch.records import Acted, NonFiniteGradientError, RuleError, SkipReason
 
 INSIDE_BACKWARD = (
     "gradwatch was asked to act on gradients before the step, but this optimizer steps inside backward(), where they are not complete "
@@ -129,7 +129,7 @@ def let_act(
     try:
         acted = act(due)
     except Exception as error:
-        draft.raised = isinstance(error, NonFiniteGradientError)
+        draft.raised = isinstance(error, (NonFiniteGradientError, RuleError))
         raise Deliberate(error) from error
     if acted.skip is not SkipReason.NONE:
         return acted.skip

@@ -276,10 +276,14 @@ class Recorder:
                 slab.add_clip_coef(coef)
                 draft.clipped_on_device += there
             return
-        reason = acting.let_act(act, due, there=there, probes=probes, draft=draft, gradients=self.gradients)
-        if reason is not SkipReason.NONE:
-            draft.left_out[key] = reason
-            if self._buffers is not None:
+        left_out = True
+        try:
+            reason = acting.let_act(act, due, there=there, probes=probes, draft=draft, gradients=self.gradients)
+            left_out = reason is not SkipReason.NONE
+            if left_out:
+                draft.left_out[key] = reason
+        finally:  # what is raised leaves the step out, too
+            if left_out and self._buffers is not None:
                 self._buffers.restore()
 
     def _named(self, slots: Sequence[int]) -> tuple[Sequence[str], Sequence[str], frozenset[int]]:

@@ -22,6 +22,16 @@ _FINDINGS: Final = 3
 """Findings that the verdict spells out."""
 
 
+_SKIPPED: Final = {
+    SkipReason.NON_FINITE: "left out, with gradients that were not finite",
+    SkipReason.RULE: "left out by a rule",
+    SkipReason.RAISED: "stopped by an error",
+    SkipReason.SCALER: "skipped by the GradScaler",
+    SkipReason.NO_STEP: "skipped",
+}
+"""What became of updates that changed no weight, in words."""
+
+
 def verdict(
     history: History,
     alerts: Sequence[Alert],
@@ -105,12 +115,12 @@ def _findings(alarms: Sequence[Alert], when: bool = True) -> str:
 
 def _facts(history: History, unfinished: int, notices: int) -> list[str]:
     facts = []
-    skipped = int(history.stat("skipped").sum())
-    if skipped:
-        reasons = history.stat("skip_reason")
-        by = " by the GradScaler" if (reasons == SkipReason.SCALER).sum() == skipped else ""
-        of = f" of the last {len(history)}" if history.recorded > len(history) else ""
-        facts.append(f"{words.plural(skipped, 'update')}{of} skipped{by}")
+    reasons = history.stat("skip_reason")[history.stat("skipped")]
+    of = f" of the last {len(history)}" if history.recorded > len(history) else ""
+    for reason, what in _SKIPPED.items():
+        count = int((reasons == reason).sum())
+        if count:
+            facts.append(f"{words.plural(count, 'update')}{of} {what}")
     if unfinished and history.recorded:  # where there is none at all, that is the headline
         facts.append(f"{words.plural(unfinished, 'update')} left unfinished (backward without a step)")
     if notices:

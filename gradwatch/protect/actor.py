@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 
 from gradwatch.clip import Clipper, GlobalNorm, Gradients, NormClipper, norms_of
 from gradwatch.protect.skip import LeftOut
-from gradwatch.records import Acted, Finding, NonFiniteGradientError, SkipReason
+from gradwatch.records import Acted, Finding, NonFiniteGradientError, RuleError, SkipReason
 
 Reaction = float | Clipper | Literal["skip", "raise"]
 """What to do when a rule finds something: clip (to a `max_norm`, or by a clipper), leave the step out, raise."""
@@ -214,7 +214,7 @@ class Actor:
 
         Raises:
             NonFiniteGradientError: a gradient is not finite, and to raise was asked for, or to skip and it has been too often.
-            RuntimeError: a rule found something and to raise was asked for, or to skip and it has been too often.
+            RuleError: a rule found something and to raise was asked for, or to skip and it has been too often.
         """
         mine = self._for(due.optimizer)
         finite = bool(np.isfinite(due.norms).all())
@@ -229,8 +229,9 @@ class Actor:
         for rule, reaction in self._stops.items():
             if rule in found:
                 if reaction == "raise" or mine.skips >= self.policy.max_skips:
-                    raise RuntimeError(self._stopped(due, mine, found[rule]))
-                self._findings.append(found[rule])
+                    raise RuleError(self._stopped(due, mine, found[rule]), step=due.step, rule=rule, layers=found[rule].layers)
+                finding = found[rule]
+                self._findings.append(replace(finding, message=f"{finding.message}; the update was left out"))
                 return self._leave_out(due, mine, SkipReason.RULE)
         mine.skips = 0
         return Acted(self._clip(due, mine, finite, found))
@@ -287,22 +288,26 @@ class Actor:
     def _clip(self, due: Due, mine: _Of, finite: bool, found: Mapping[str, Finding]) -> float | None:
         """Clip; returns the smallest factor applied, None where it is not known."""
         on = [clipper for rule, clipper in mine.clippers.items() if not rule or self._is_on(rule, due, rule in found)]
-        coefs = [self._clip_by(clipper, due, finite) for clipper in on]
-        return None if None in coefs else float(np.prod([coef for coef in coefs if coef is not None]))
+        product: float | None = 1.0
+        norms = due.norms / due.factor if due.factor != 1.0 else due.norms
+        for i, clipper in enumerate(on):
+            if i and product != 1.0:  # those after another one go by what that has left
+                scale = due.factor if getattr(due.optimizer, "grad_scale", None) is not None else 1.0
+                norms = norms_of(due.params).double().numpy() / scale
+            coef = self._clip_by(clipper, due, norms, finite)
+            product = None if product is None or coef is None else product * coef
+        return product
 
-    def _clip_by(self, clipper: Clipper, due: Due, finite: bool) -> float | None:
-        if isinstance(clipper, NormClipper):
-            if due.factor != 1.0 and not clipper.by_norms_alone:
-                _unscale(due.optimizer, due.params, due.factor)
-            norms = torch.from_numpy(due.norms / due.factor if due.factor != 1.0 else due.norms)
-            coef = float(clipper.clip(Gradients(due.params, norms, due.names, due.layers, due.heads)))
-            return None if coef != coef else coef
-        if not finite:
-            return 1.0  # a NaN or an Inf never multiplies anything
-        if due.factor != 1.0:
+    def _clip_by(self, clipper: Clipper, due: Due, norms: NDArray[np.float64], finite: bool) -> float | None:
+        if due.factor != 1.0 and not (isinstance(clipper, NormClipper) and clipper.by_norms_alone):
             _unscale(due.optimizer, due.params, due.factor)
-        clipper(due.params)
-        return None
+        if isinstance(clipper, NormClipper):
+            coef = float(clipper.clip(Gradients(due.params, torch.from_numpy(norms), due.names, due.layers, due.heads)))
+            return None if coef != coef else coef
+        if finite:  # a NaN or an Inf never multiplies anything
+            clipper(due.params)
+            return None
+        return 1.0
 
     def _is_on(self, rule: str, due: Due, found: bool) -> bool:
         """Whether a rule has its clipper on: from the update in which it finds something until its incident is over."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.diagnose.execution import Execution, execution_of, roots_of
-from gradwatch.diagnose.rules.rule import persistent, sampled
+from gradwatch.diagnose.rules.rule import harm, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity, SkipReason
 
@@ -22,7 +22,7 @@ what goes bad later has gone bad elsewhere."""
 def non_finite_input(history: History) -> Iterator[Finding]:
     """What a model is given holds a NaN or an Inf, in an update that is looked at (`Sampling`).
 
-    An error where the loss or a gradient is not finite either; otherwise the model knows what to do about it (missing values, a mask)
+    An error where the loss or a gradient is not finite either (a warning where the update was left out for it); otherwise the model knows what to do about it (missing values, a mask)
     and it is INFO. Names the model.
     """
     if not len(history):
@@ -33,12 +33,13 @@ def non_finite_input(history: History) -> Iterator[Finding]:
     spoilt = _is_spoilt(history)
     if not spoilt and history.recent("skip_reason", 1)[0] == SkipReason.SCALER:
         return
+    severity, left_out = harm(history)
     yield Finding(
         "non_finite_input",
-        Severity.ERROR if spoilt else Severity.INFO,
+        severity if spoilt else Severity.INFO,
         history.recorded - 1,
         layers=tuple(history.layers[i] for i in _given_it(history)),
-        message=f"the input holds NaN or Inf ({count:.0f} elements of what was looked at)",
+        message=f"the input holds NaN or Inf ({count:.0f} elements of what was looked at){left_out}",
         evidence={"elements": count},
     )
 
@@ -73,12 +74,13 @@ def non_finite_activation(history: History) -> Iterator[Finding]:
     first = int(fixed[0] if fixed.size else places[0])
     before = _before(history, execution, first, counts)
     name = history.layers[first] or "(model)"
+    severity, left_out = harm(history)
     yield Finding(
         "non_finite_activation",
-        Severity.ERROR if spoilt else Severity.INFO,
+        severity if spoilt else Severity.INFO,
         history.recorded - 1,
         layers=(history.layers[first],),
-        message=f"the output of {name} holds NaN or Inf" + (f", that of {before} before it is finite" if before else ""),
+        message=f"the output of {name} holds NaN or Inf" + (f", that of {before} before it is finite" if before else "") + left_out,
         evidence={"elements": float(counts[first]), "modules": int(bad.sum())},
     )
 

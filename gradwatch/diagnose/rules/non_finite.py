@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.diagnose.naming import named
-from gradwatch.diagnose.rules.rule import persistent, sampled
+from gradwatch.diagnose.rules.rule import harm, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity, SkipReason
 
@@ -54,12 +54,13 @@ def non_finite_loss(history: History) -> Iterator[Finding]:
         return
     b = history.baselines
     value = "Inf" if np.isinf(losses[-1]) else "NaN"
+    severity, left_out = harm(history)
     before = [x for x in b.losses if np.isfinite(x)]
     yield Finding(
         "non_finite_loss",
-        Severity.ERROR,
+        severity,
         history.recorded - 1,
-        message=f"the loss is {value}" + (f", after {before[-1]:.4g}" if before else " from the first update"),
+        message=f"the loss is {value}" + (f", after {before[-1]:.4g}" if before else " from the first update") + left_out,
         evidence={"last_finite_loss": before[-1]} if before else {},
     )
 
@@ -81,12 +82,14 @@ def non_finite_gradient(history: History) -> Iterator[Finding]:
         return
     counts = history.recent("grad_nonfinite", 1)[0]
     elements, count = float(np.nansum(counts[bad])), int(bad.sum())
+    severity, left_out = harm(history)
     yield Finding(
         "non_finite_gradient",
-        Severity.ERROR,
+        severity,
         history.recorded - 1,
         parameters=_by_order(history, bad),
-        message=f"{elements:.0f} gradient elements are NaN or Inf, in {count} of {int(np.isfinite(counts).sum())} parameters",
+        message=f"{elements:.0f} gradient elements are NaN or Inf, in {count} of {int(np.isfinite(counts).sum())} parameters"
+        + left_out,
         evidence={"elements": elements, "parameters": count},
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 from gradwatch.history import History
-from gradwatch.records import Finding
+from gradwatch.records import Finding, Severity, SkipReason
 
 PERSISTENCE = 10
 """Records a finding has to last, where a rule does not say otherwise: people's first runs have 20 to 50 updates."""
@@ -66,6 +66,13 @@ def sampled(rule: R) -> R:
     """Mark a rule whose evidence stands in full-statistics records only (`Sampling`): it is asked after those."""
     rule.sampled = True  # type: ignore[attr-defined]
     return rule
+
+
+def harm(history: History) -> tuple[Severity, str]:
+    """How bad something that is not finite in the last record is, and what to add to the message: nothing came of it if it was left out."""
+    if len(history) and history.recent("skip_reason", 1)[0] == SkipReason.NON_FINITE:
+        return Severity.WARNING, "; the update was left out"
+    return Severity.ERROR, ""
 
 
 def is_turn(recorded: int) -> bool:
