@@ -229,6 +229,12 @@ class Clock:
             return self._close(Outcome.BY_HAND)
         return self._close(Outcome.SKIPPED if left_out() else Outcome.UNFINISHED)
 
+    def abandon(self) -> None:
+        """The update at hand is given up: it is in no record."""
+        self.open = None
+        self.in_backward = False
+        self._steps.clear()
+
     # -- inside --------------------------------------------------------------------------------------------------------------------
 
     def owners_changed(self) -> None:

@@ -107,6 +107,16 @@ class Gradients:
         self._before = []
         self._leftover.clear()
 
+    def abandon(self) -> None:
+        """Gradients are gone, and so is all that was to be expected of them."""
+        self.fail()
+        self._stale_slots.clear()
+        self._just_stepped.clear()
+        self._used.clear()
+        self._marks.clear()
+        self._held.clear()
+        self.lagging = []
+
     def read(self, slots: Sequence[int]) -> None:
         """Read the norms of `slots`; a norm that is not finite, or so small that squares were lost, is read again exactly."""
         tensors = [self._params[slot].grad for slot in slots]

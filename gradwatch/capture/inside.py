@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,9 @@ from gradwatch.capture import saturation
 from gradwatch.capture.description import in_scope, kind_of
 from gradwatch.capture.draft import Draft
 from gradwatch.capture.layers import statistics
-from gradwatch.capture.modules import ModuleHooks, Taken
+from gradwatch.capture.modules import BEHIND, ModuleHooks, Taken
 from gradwatch.capture.parameters import ParameterTable, unwrap
+from gradwatch.capture.units import Units
 from gradwatch.records import GradState, Sampling
 
 _UNSEEN_AFTER = 3
@@ -168,6 +170,50 @@ class Inside:
                 "was attached, or while it looked away, learns of them by torch.compiler.reset(); or attach the watch before the first call. "
                 "Inside torch.func transforms and operators such as torch.cond they cannot be seen."
             )
+
+    # -- a run that goes on later --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learnt of the modules, by their names."""
+        names = list(self._table.modules)
+        cells = {
+            names[cell.column]: {
+                "looks": cell.looks,
+                "places": [(_place_name(place, names), units.state_dict()) for place, units in cell.places.items()],
+            }
+            for cell in self.hooks.cells
+            if cell.column >= 0 and cell.places
+        }
+        return {"functions": dict(self.functions), "run": dict(self.run), "cells": cells}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; what is said of modules that are not there is left aside."""
+        names = list(self._table.modules)
+        columns = {name: column for column, name in enumerate(names)}
+        self.functions = {name: (str(flat[0]), str(flat[1])) for name, flat in state["functions"].items() if name in columns}
+        self.run = {name: int(rank) for name, rank in state["run"].items() if name in columns}
+        for cell in self.hooks.cells:
+            cell.places, cell.tells, cell.looks = {}, None, 0
+            known = state["cells"].get(names[cell.column]) if cell.column >= 0 else None
+            if known is not None:
+                cell.looks = int(known["looks"])
+                places = [(_place_of(place, columns), units) for place, units in known["places"]]
+                cell.places = {place: Units.from_state_dict(units) for place, units in places if place is not None}
+
+
+def _place_name(place: int, names: list[str]) -> tuple[str, int]:
+    """A place as a layer's name, and what is said with it (`Cell.places`): 0 its output, `BEHIND` after it, else no layer."""
+    if place <= BEHIND:
+        return names[BEHIND - place], BEHIND
+    return (names[place], 0) if place >= 0 else ("", place)
+
+
+def _place_of(place: tuple[str, int], columns: Mapping[str, int]) -> int | None:
+    name, what = place[0], int(place[1])
+    if what not in (0, BEHIND):
+        return what
+    column = columns.get(name)
+    return None if column is None else column if what == 0 else BEHIND - column
 
 
 def _flat(activation: nn.Module) -> tuple[str, str]:

@@ -437,6 +437,38 @@ class Recorder:
         self._counts.clear()
         self._listen()
 
+    # -- a run that goes on later --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted and learnt beside the history: the cadence, units that have not fired, the order of modules, the loss scale."""
+        return {
+            "counts": [(sorted(keys), count) for keys, count in self._counts.items()],
+            "scale": self.scale.state_dict(),
+            "inside": self.inside.state_dict(),
+            "ever_stepped": self._ever_stepped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._counts = {frozenset(keys): int(count) for keys, count in state["counts"]}
+        self.scale.load_state_dict(state["scale"])
+        self.inside.load_state_dict(state["inside"])
+        self._ever_stepped = bool(state["ever_stepped"])
+        self._listen()
+        self._describe()
+
+    def abandon(self) -> None:
+        """The update at hand is given up, with all that was seen of it."""
+        self.clock.abandon()
+        self._draft = None
+        self._dirty = False
+        self.gradients.abandon()
+        self.weights.forget()
+        self._versions.clear()
+        self._told.clear()
+        self.scale.forget()
+        self.inside.hooks.forget()
+
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
     def _read(self, slots: list[int]) -> None:

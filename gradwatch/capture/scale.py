@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -74,3 +75,11 @@ class LossScale:
         if len(self._seen) >= HAND_SCALE_AFTER:
             self._seen = self._seen[-HAND_SCALE_AFTER:]
             self._by_hand = draft.scale = 1.0 / power
+
+    def state_dict(self) -> dict[str, Any]:
+        """A scale by hand, and what is known of one that may be."""
+        return {"by_hand": self._by_hand, "seen": list(self._seen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._by_hand, self._seen = float(state["by_hand"]), [float(power) for power in state["seen"]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +37,17 @@ class Units:
             self._fired, self._looks = np.zeros(len(peaks), np.int64), 0
         self._looks += 1
         self._fired[~(peaks <= 0)] = self._looks  # what is not a number is not dead
+
+    def state_dict(self) -> dict[str, Any]:
+        """Looks, and the last of them in which each unit fired."""
+        return {"looks": self._looks, "fired": self._fired.copy()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Units:
+        """Those that go on from `state_dict`."""
+        units = cls()
+        units._looks, units._fired = int(state["looks"]), np.asarray(state["fired"], np.int64).copy()
+        return units
 
     def dead(self) -> NDArray[np.bool_] | None:
         """`[U]`: whether each is dead; None while there were too few looks."""
