@@ -174,6 +174,33 @@ def max_skips(given: object) -> int:
     return given
 
 
+def keep_good(given: object) -> int | None:
+    """Updates between two states that are kept, or None."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(
+            f"GradWatch(keep_good={_short(given)}): got {type(given).__name__}; it needs a whole number of updates, or None"
+        )
+    if given < 1:
+        raise ValueError(f"GradWatch(keep_good={given}): needs at least 1 update between two states; leave it out to keep none")
+    return given
+
+
+def keep_also(given: object, keep: int | None) -> tuple[Any, ...]:
+    """Objects with a state."""
+    several = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for one in several:
+        if isinstance(one, type) or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+            raise TypeError(
+                f"GradWatch(keep_also=...): got {_short(one)} ({type(one).__name__}); it needs objects with state_dict() and "
+                "load_state_dict(), such as a learning-rate scheduler"
+            )
+    if several and keep is None:
+        raise ValueError("GradWatch(keep_also=...): no state is kept; say how often with keep_good=, or leave keep_also out")
+    return several
+
+
 def restore_buffers(given: object) -> bool | None:
     """True, False or None."""
     if given is not None and not isinstance(given, bool):

@@ -36,7 +36,8 @@ from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
 from gradwatch.protect.actor import MAX_SKIPS, Actor, Policy, Reaction
-from gradwatch.records import Alert, Sampling, StepRecord
+from gradwatch.protect.rollback import GoodStates
+from gradwatch.records import Alert, Sampling, Severity, StepRecord
 
 logger = logging.getLogger("gradwatch")
 logger.addHandler(logging.NullHandler())
@@ -76,6 +77,9 @@ class GradWatch:
             "raise" raises `RuleError` before it; a float (`max_norm`) or a clipper clips from the update in which it does until its
             incident is over, and both ends are told. Such rules are asked before each step, too.
         max_skips: steps of one optimizer in a row that are left out before it raises, with the whole story.
+        keep_good: updates between two states of the training that are kept in host memory for `rollback()`: models, optimizers, GradScalers,
+            random numbers, and the watch itself. The last two are kept, the first after the first update; none while an ERROR is open.
+        keep_also: further objects with `state_dict()` and `load_state_dict()` that are kept and go back with them, such as a scheduler.
         restore_buffers: whether a step that is left out takes back what its forward pass did to the models' buffers (a BatchNorm's
             running mean is NaN for ever after one NaN). None: those of at most 262,144 elements, for a copy an update.
         rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
@@ -105,6 +109,8 @@ class GradWatch:
         on_rule: Mapping[str, Reaction] | None = None,
         max_skips: int = MAX_SKIPS,
         restore_buffers: bool | None = None,
+        keep_good: int | None = None,
+        keep_also: Any = (),
     ) -> None:
         self._attached = self._failed = False
         models = options.models(model)
@@ -130,7 +136,7 @@ class GradWatch:
         self._model_refs = {key: weakref.ref(one) for key, one in models.items()}
         self._notices: list[str] = []
         self._incidents = Incidents(self._rules, notice=_weakly(self._notice))
-        foresight = Foresight(
+        self._foresight = Foresight(
             self._rules,
             self._incidents,
             history=_weakly(self._own_history),
@@ -138,7 +144,11 @@ class GradWatch:
             tell=_weakly(self._tell),
             notice=_weakly(self._notice),
         )
-        self._actor = Actor(policy, foresight) if policy.asked else None
+        self._actor = Actor(policy, self._foresight) if policy.asked else None
+        self._keep_every = options.keep_good(keep_good)
+        also = options.keep_also(keep_also, self._keep_every)
+        self._good = GoodStates(models, also) if self._keep_every is not None else None
+        self._carried: Mapping[str, Any] | None = None
         self._history: History | None = None
         self._recorder: Recorder | None = None
         self._started: float | None = None
@@ -188,6 +198,9 @@ class GradWatch:
             self._models, self._recorder, self._attached = models, recorder, True
             TAPE.add(self)
             recorder.start()
+            if self._carried is not None:
+                recorder.load_state_dict(self._carried)
+                self._carried = None
             if any(_ORPHANS.pop(model, False) for model in models.values()):
                 self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
             for lack in private.self_test():
@@ -282,6 +295,36 @@ class GradWatch:
         self._attached_recorder("step")
         self._guard(lambda recorder: recorder.by_hand())
 
+    def rollback(self) -> int:
+        """Go back to the last good state that was kept (`keep_good`): models, optimizers, GradScalers, random numbers and the watch.
+
+        Of the two states that are kept, the newest from before the first open ERROR began is taken. Call it between two updates and go
+        on with a new forward pass, mostly with something changed: a lower lr, another batch. Gradients are None afterwards. What cannot be
+        seen does not go back: schedulers and the like (`keep_also`), the position of a DataLoader.
+
+        Returns:
+            The number of the update that comes next.
+
+        Raises:
+            RuntimeError: the watch is not attached, keeps no states or has not kept any yet; an update is under way; or the model has
+                changed since.
+        """
+        recorder = self._attached_recorder("rollback")
+        if self._good is None:
+            raise RuntimeError("GradWatch.rollback(): no states are kept; say how often by GradWatch(model, keep_good=100)")
+        if recorder is None:
+            raise RuntimeError("GradWatch.rollback(): the watch has switched itself off; see watch.notices, and load a checkpoint")
+        if recorder.clock.in_backward or recorder.clock.steps_running():
+            raise RuntimeError("GradWatch.rollback(): a backward pass or a step is under way; call it between two updates")
+        recorder.drain()
+        errors = [alert for alert in self._incidents.alerts if alert.state == "open" and alert.severity >= Severity.ERROR]
+        now, why = recorder.recorded(), self._foresight.story()
+        kept = self._good.restore(min((alert.step for alert in errors), default=None))
+        recorder.abandon()
+        self.load_state_dict(kept.watch)
+        self._tell(f"went back from step {now} to step {kept.step}. {why}".rstrip())
+        return kept.step
+
     @property
     def alerts(self) -> tuple[Alert, ...]:
         """What was found in the training: one entry an incident, in the order of opening, each in its present state."""
@@ -328,11 +371,20 @@ class GradWatch:
         return f"<GradWatch {state}, {updates}, {words.plural(len(self._incidents.alerts), 'incident')}>"
 
     def state_dict(self) -> dict[str, Any]:
-        """History and incidents as tensors and plain containers, for `torch.save` beside the model's state."""
-        return {"history": encode(self.history.state_dict()), "incidents": encode(self._incidents.state_dict())}
+        """History, incidents, clippers and what the watch has counted, as tensors and plain containers: for `torch.save` beside the
+        model's state. Training that goes on from there is watched, judged and clipped as if it had not been interrupted.
+        """
+        history = self.history
+        recorder = self._recorder
+        return {
+            "history": encode(history.state_dict()),
+            "incidents": encode(self._incidents.state_dict()),
+            "actor": self._actor.state_dict() if self._actor is not None else None,
+            "recorder": encode(recorder.state_dict() if recorder is not None else self._carried),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`: steps, history and incidents continue.
+        """Go on from `state_dict`: steps, history, incidents, the cadence and what clippers have learnt continue.
 
         Raises:
             ValueError: this is no state of a watch, or it was written with another layout or for another model.
@@ -352,6 +404,13 @@ class GradWatch:
             history.set_meta(present)
         self._history = history
         self._incidents.load_state_dict(decode(state["incidents"]))
+        if self._actor is not None and state.get("actor") is not None:
+            self._actor.load_state_dict(state["actor"])
+        carried = decode(state["recorder"]) if state.get("recorder") is not None else None
+        if self._recorder is None:
+            self._carried = carried
+        elif carried is not None:
+            self._recorder.load_state_dict(carried)
         if len(history):
             self._started = time.perf_counter() - float(history.recent("time", 1)[0])  # seconds go on
 
@@ -487,10 +546,34 @@ class GradWatch:
         if self._recorder is not None:
             history.pending = self._recorder.pending
         self._judge(history)
+        if self._keep_every is not None and (history.recorded == 1 or history.recorded % self._keep_every == 0):
+            self._plan_to_keep(history)
         if self._step_sinks:
             for sink in tuple(self._step_sinks):
                 if not self._safely(partial(sink, history.record()), f"the on_step callable {_name(sink)}"):
                     self._step_sinks.remove(sink)
+
+    def _plan_to_keep(self, history: History) -> None:
+        """Keep the state between this update and the next, if it is a good one."""
+        recorder = self._recorder
+        errors = any(alert.state == "open" and alert.severity >= Severity.ERROR for alert in self._incidents.alerts)
+        loss = history.recent("loss", 1)[0]
+        bad = history.recent("skipped", 1)[0] or (history.recent("loss_terms", 1)[0] > 0 and not np.isfinite(loss))
+        if recorder is None or errors or bad:
+            return
+        # Schedulers and scalers are moved on after the step, and random numbers are drawn in the forward pass.
+        if not recorder.inside.hooks.before_next_forward(_weakly(self._keep)):
+            self._keep()
+
+    def _keep(self) -> None:
+        recorder, good = self._recorder, self._good
+        if recorder is None or good is None:
+            return
+        state = self.state_dict()
+        if not self._safely(
+            lambda: good.keep(recorder.recorded(), recorder.owners.living(), recorder.scale.heard, state), "keeping a good state"
+        ):
+            self._keep_every = None
 
     def _judge_pending(self) -> None:
         """Backward passes that pile up or serve nobody have no record, and still tell something."""

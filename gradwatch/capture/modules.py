@@ -137,6 +137,8 @@ class Cell(Ours):
         if torch.compiler.is_dynamo_compiling():
             return
         hooks = self._hooks
+        if hooks is not None and hooks.once is not None and hooks.here() and not private.in_backward():
+            hooks.guarded(hooks.do_once)
         if hooks is None or not hooks.listening or not hooks.here():
             return
         # Inside a call that never returned, for it was broken off by an exception, nothing runs any more.
@@ -206,6 +208,8 @@ class ModuleHooks:
         entered: the cell of the model that is running.
         thread: in which it runs.
         spent: seconds spent in hooks.
+        once: done before the next forward pass of a watched model.
+        was_entered: a watched model has run as a whole.
     """
 
     def __init__(self, here: Callable[[], bool], notice: Callable[[str], None]) -> None:
@@ -218,6 +222,9 @@ class ModuleHooks:
         self.entered: Cell | None = None
         self.thread = 0
         self.spent = 0.0
+        self.once: Callable[[], None] | None = None
+        self.was_entered = False
+        self._enters: list[tuple[dict[int, Any], int, Any]] = []
         self._places: list[tuple[dict[int, Any], int, Any]] = []
         self._samples: dict[torch.device, Samples] = {}
         self._totals = Totals()
@@ -277,7 +284,7 @@ class ModuleHooks:
             enter = by_module[id(model)].enter
             handle = model.register_forward_pre_hook(enter, with_kwargs=True)
             places.append((private.forward_pre_hooks(model), handle.id, enter))
-        self._places = places
+        self._places, self._enters = places, places[-len(roots) :]
         for cell in self.cells:
             device = next((p.device for p in cell.module.parameters(recurse=False)), devices[cell.root])
             if (cell.traced is None or cell.traced.totals.device != device) and device.type != "meta":
@@ -319,6 +326,29 @@ class ModuleHooks:
                 place[number] = hook
             else:
                 place.pop(number, None)
+        if self.once is not None:
+            for place, number, hook in self._enters:
+                place[number] = hook
+
+    def before_next_forward(self, do: Callable[[], None]) -> bool:
+        """Have something done right before the next forward pass of a watched model; whether that can be seen to begin.
+
+        Not where code is compiled, which would be compiled again for a hook, nor where the models have never run as a whole.
+        """
+        if self._failed or not self._enters or not self.was_entered or self._is_compiled():
+            return False
+        self.once = do
+        for place, number, hook in self._enters:
+            place[number] = hook
+        return True
+
+    def do_once(self) -> None:
+        """Do it, and have it done no more."""
+        do, self.once = self.once, None
+        if not self.listening and not self.compiled:
+            self._in_place(False)
+        if do is not None:
+            do()
 
     def remove(self) -> None:
         """Take all hooks out, and forget what they saw."""
@@ -335,7 +365,8 @@ class ModuleHooks:
         copying.leave(self)
         private.leave_alone({type(module) for module in self._touched}, on=False)
         private.guard_hooks(self, on=False)
-        self._touched, self._places = [], []
+        self._touched, self._places, self._enters = [], [], []
+        self.once = None
         self.leave()
 
     def _is_mine(self, hook: Any) -> bool:
@@ -371,6 +402,7 @@ class ModuleHooks:
         if self.entered is not None:
             self._forget((self.entered.root,))
         self.inside, self.entered, self.thread, self._last = self.ready(), cell, get_ident(), -1
+        self.was_entered = True
         if self.inside and len(self._inputs[cell.root]) < CALLS and private.is_ordinary():
             for tensor in tensors_in(given)[:1]:
                 row = self._sample(tensor.detach(), whole=True)

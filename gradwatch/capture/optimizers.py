@@ -120,6 +120,11 @@ class Owners:
                 found = True
         return found
 
+    def living(self) -> list[Optimizer]:
+        """The optimizers that own something watched."""
+        found = (known.ref() for known in self._known if known.slots)
+        return [optimizer for optimizer in found if optimizer is not None]
+
     def slots(self, key: int) -> list[int]:
         """What the optimizer owns."""
         return self._known[key].slots

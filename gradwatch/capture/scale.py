@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,11 +30,18 @@ class LossScale:
         self._pending: float | Tensor | None = None
         self._by_hand = 1.0
         self._seen: list[float] = []
+        self._heard: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @property
+    def heard(self) -> list[Any]:
+        """The scalers that have scaled a loss."""
+        return list(self._heard)
 
     def scaled(self, scaler: Any) -> None:
         """A GradScaler has scaled a loss."""
         if self._scaler is not None and scaler is not self._scaler:
             return
+        self._heard.add(scaler)
         scale = private.scale_of(scaler)
         if scale is not None:
             self._pending = float(scale) if on_host(scale) else scale
