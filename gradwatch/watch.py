@@ -314,7 +314,7 @@ class GradWatch:
             raise RuntimeError("GradWatch.rollback(): no states are kept; say how often by GradWatch(model, keep_good=100)")
         if recorder is None:
             raise RuntimeError("GradWatch.rollback(): the watch has switched itself off; see watch.notices, and load a checkpoint")
-        if recorder.clock.in_backward or recorder.clock.steps_running():
+        if recorder.under_way():
             raise RuntimeError("GradWatch.rollback(): a backward pass or a step is under way; call it between two updates")
         recorder.drain()
         errors = [alert for alert in self._incidents.alerts if alert.state == "open" and alert.severity >= Severity.ERROR]

@@ -86,6 +86,7 @@ class Recorder:
         self._late = False
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
+        self._resumed: list[tuple[list[str], int]] = []
         self._draft: Draft | None = None
         self._queue: list[Closed] = []
         self._told: list[Any] = []
@@ -415,6 +416,11 @@ class Recorder:
         self.drain()
         self.gradients.fail()
 
+    def under_way(self) -> bool:
+        """A backward pass or a step is running."""
+        self._forget_broken_steps(0)
+        return self.clock.in_backward or self.clock.steps_running() > 0
+
     def drain(self) -> None:
         """Give on all finished records, waiting for those whose numbers are on their way from a device."""
         self._drain(force=True)
@@ -441,8 +447,11 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What it has counted and learnt beside the history: the cadence, units that have not fired, the order of modules, the loss scale."""
+        names = {key: self.table.names[slots[0]] for key in {*self.owners.owner_of.values()} if (slots := self.owners.slots(key))}
+        counts = [([names[key] for key in keys if key in names], count) for keys, count in self._counts.items()]
         return {
-            "counts": [(sorted(keys), count) for keys, count in self._counts.items()],
+            # An optimizer by the name of a parameter that it owns: in another process they come in another order.
+            "counts": [*counts, *self._resumed],
             "scale": self.scale.state_dict(),
             "inside": self.inside.state_dict(),
             "ever_stepped": self._ever_stepped,
@@ -450,12 +459,30 @@ class Recorder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._counts = {frozenset(keys): int(count) for keys, count in state["counts"]}
+        self._counts.clear()
+        self._resumed = [(list(names), int(count)) for names, count in state["counts"]]
+        self._resume()
         self.scale.load_state_dict(state["scale"])
         self.inside.load_state_dict(state["inside"])
         self._ever_stepped = bool(state["ever_stepped"])
         self._listen()
         self._describe()
+
+    def _resume(self) -> None:
+        """Take over the counts of the cadences of those optimizers that exist by now."""
+        slots = {name: slot for slot, name in enumerate(self.table.names)}
+        wanted = {slots[name] for names, _ in self._resumed for name in names if name in slots}
+        if not wanted <= self.owners.owner_of.keys() and self.owners.find(wanted):
+            self.clock.owners_changed()
+            self._describe()
+        left = []
+        for names, count in self._resumed:
+            keys = [self.owners.owner_of.get(slots[name]) for name in names if name in slots]
+            if None in keys or not keys:
+                left.append((names, count))
+            else:
+                self._counts[frozenset(key for key in keys if key is not None)] = count
+        self._resumed = left
 
     def abandon(self) -> None:
         """The update at hand is given up, with all that was seen of it."""
@@ -474,6 +501,8 @@ class Recorder:
     def _read(self, slots: list[int]) -> None:
         draft = self._draft
         if draft is None:
+            if self._resumed:
+                self._resume()
             cadence = self._cadence(slots)
             draft = self._draft = Draft.blank(len(self.table), self._is_due(self._counts.get(cadence, 0)), cadence)
         self.gradients.read(slots)
