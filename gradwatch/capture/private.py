@@ -232,6 +232,11 @@ def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | No
     return module._parameters
 
 
+def own_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's own buffers, live."""
+    return module._buffers
+
+
 def sparse_values(tensor: Tensor) -> Tensor:
     """The values of a sparse tensor, duplicates summed, without a graph."""
     return tensor.coalesce()._values() if tensor.is_sparse else tensor.values()
