@@ -82,6 +82,9 @@ class NormClipper(abc.ABC):
     One of your own defines `clip`, and `state_dict` and `load_state_dict` if it learns.
     """
 
+    by_norms_alone = True
+    """It multiplies by factors that follow from the norms: gradients that a loss scale is still on are clipped as they are, by true norms."""
+
     _places: _Places | None = None
 
     @abc.abstractmethod
@@ -115,7 +118,7 @@ class NormClipper(abc.ABC):
         if not params:
             return torch.ones((), device="cpu")
         with torch.no_grad():
-            norms = _read(_grads(params))
+            norms = norms_of(params)
             if self._places is None:
                 unknown = [""] * len(params)
                 return self.clip(Gradients(params, norms, unknown, unknown))
@@ -202,6 +205,8 @@ class Value(NormClipper):
     Args:
         clip_value: the largest absolute value, above 0.
     """
+
+    by_norms_alone = False
 
     def __init__(self, clip_value: float) -> None:
         self.clip_value = _above_zero("Value", "clip_value", clip_value)
@@ -335,6 +340,8 @@ class AGC(NormClipper):
         model: knows the names where it is called without a watch, and which weights belong to a transposed convolution, whose units lie
             along dimension 1; held weakly.
     """
+
+    by_norms_alone = False
 
     def __init__(
         self, clip_factor: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = (), *, model: nn.Module | None = None
@@ -675,6 +682,12 @@ def _with_gradients(owner: str, parameters: object) -> list[Tensor]:
             stacklevel=3,
         )
     return [p for p in given if p.grad is not None]
+
+
+def norms_of(params: Sequence[Tensor]) -> Tensor:
+    """2-norms of the gradients of parameters that have one, `[N]` on the device of the first."""
+    with torch.no_grad():
+        return _read(_grads(params))
 
 
 def _read(tensors: Sequence[Tensor]) -> Tensor:

@@ -247,10 +247,16 @@ class GradWatch:
             self._safely(last, "closing the watch")
         self._elapsed += time.perf_counter() - self._entered
         if self._recorder is not None:
+            if last is not None:
+                self._safely(self._carry, "closing the watch")
             self._recorder.stop()
             self._spent += self._recorder.inside.hooks.spent
         self._recorder = None
         self._models = None
+
+    def _carry(self) -> None:
+        """What is counted goes on when it is attached again, and into a checkpoint that is written in between."""
+        self._carried = self._recorder.state_dict() if self._recorder is not None else None
 
     def __del__(self) -> None:
         # Attached and forgotten, as a notebook does when a cell runs again.

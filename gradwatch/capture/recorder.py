@@ -494,6 +494,7 @@ class Recorder:
         self._versions.clear()
         self._told.clear()
         self.scale.forget()
+        self.inside.hooks.once = None
         self.inside.hooks.forget()
 
     # -- reading -------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from gradwatch.capture import private
+
 STATES = 2
 """States that are held. The newest may have been taken while a fault was already there and not yet seen; the one before it was not."""
 
@@ -294,7 +296,7 @@ class _Layers:
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 self.parameters[_join(key, name)] = parameter
             for name, module in model.named_modules():
-                for leaf, buffer in module._buffers.items():
+                for leaf, buffer in private.own_buffers(module).items():
                     self.buffers[_join(key, name, leaf)] = module, leaf, buffer
                 if type(module).get_extra_state is not nn.Module.get_extra_state:
                     self.extra[_join(key, name)] = module

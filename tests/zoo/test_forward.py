@@ -343,4 +343,4 @@ def test_the_cause_of_a_fall_is_the_product_of_what_the_modules_pass_on() -> Non
 def test_functions_account_for_a_fall_too() -> None:
     model = Functional(torch.sigmoid, depth=10)
     alert = train(fit(model, classify(model, Blobs(0)), updates=20)).alarms[0]
-    assert alert.cause.startswith("10 activations pass on ×0.2")
+    assert alert.cause.startswith("10 Sigmoids pass on ×0.2")
