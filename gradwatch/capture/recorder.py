@@ -587,7 +587,7 @@ class Recorder:
             if draft.remote_loss:
                 draft.loss += float(values[SCALARS, LOSS])
             coef = float(values[SCALARS, CLIP_COEF])
-            if draft.clipped_on_device and coef < 1.0 - UNCHANGED:
+            if draft.clipped_on_device and not coef >= 1.0 - UNCHANGED:  # NaN: the clipper does not know it
                 draft.clipped(draft.clipped_on_device, coef)
         draft.remote_loss = False
         if still_there:
