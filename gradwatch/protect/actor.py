@@ -161,6 +161,8 @@ class Actor:
         self._clips: dict[str, float | Clipper] = {"": policy.clip} if policy.clip is not None else {}
         self._clips |= {rule: reaction for rule, reaction in policy.on_rule.items() if not isinstance(reaction, str)}
         self._stops = {rule: reaction for rule, reaction in policy.on_rule.items() if isinstance(reaction, str)}
+        # What learns from norms has to learn those of one optimizer. The user keeps the first, and may look at it.
+        self._fresh = {rule: copy.deepcopy(clip) for rule, clip in self._clips.items() if isinstance(clip, NormClipper)}
         self._loaded: list[dict[str, Any]] = []
 
     @property
@@ -258,17 +260,16 @@ class Actor:
     def _for(self, optimizer: Optimizer) -> _Of:
         mine = self._of.get(optimizer)
         if mine is None:
-            clippers = {rule: self._new(clip, first=not self._of) for rule, clip in self._clips.items()}
+            clippers = {rule: self._new(rule, clip) for rule, clip in self._clips.items()}
             mine = self._of[optimizer] = _Of(clippers)
             if len(self._loaded) >= len(self._of):
                 _load(mine, self._loaded[len(self._of) - 1])
         return mine
 
-    def _new(self, clip: float | Clipper, first: bool) -> Clipper:
+    def _new(self, rule: str, clip: float | Clipper) -> Clipper:
         if isinstance(clip, (int, float)):
             return GlobalNorm(float(clip))
-        # What learns from norms has to learn those of one optimizer. The user keeps the first, and may look at it.
-        return copy.deepcopy(clip) if isinstance(clip, NormClipper) and not first else clip
+        return copy.deepcopy(self._fresh[rule]) if self._of and rule in self._fresh else clip
 
     def _leave_out(self, due: Due, mine: _Of, reason: SkipReason) -> Acted:
         mine.since = due.step if mine.skips == 0 else mine.since

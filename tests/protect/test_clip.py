@@ -17,6 +17,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from gradwatch import Finding, GradState, GradWatch, NonFiniteGradientError
 from gradwatch.capture.acting import Due
+from gradwatch.clip import MedianScaled
 from gradwatch.protect.actor import Actor, Policy
 from tests.capture.tensors import DTYPES, made
 
@@ -723,3 +724,20 @@ def test_what_a_scaler_leaves_out_is_no_reason_to_act(options: dict[str, Any], f
             assert same is (i == 1)
     assert watch.history.stat("skipped").tolist() == [False, True, False, False]
     assert watch.history.stat("loss_scale").tolist() == [1024.0, 1024.0, 512.0, 512.0]
+
+
+def test_a_clipper_that_learns_has_a_history_for_each_optimizer() -> None:
+    """Gradients of the second model are a thousand times those of the first: one history of both would clip it to nothing."""
+    torch.manual_seed(0)
+    models = {"small": nn.Linear(4, 1), "large": nn.Linear(4, 1)}
+    optimizers = {name: SGD(model.parameters(), lr=0.0) for name, model in models.items()}
+    clip = MedianScaled(2.0, window=20, warmup=3)
+    with GradWatch(models, console=False, clip=clip) as watch:
+        for i in range(20):
+            for name, model in models.items():
+                optimizers[name].zero_grad()
+                ((model(batch(i)) - 5.0).square().mean() * (1.0 if name == "small" else 1e3)).backward()
+                optimizers[name].step()
+    assert (watch.history.stat("clip_coef") > 0.3).all()
+    known = clip.state_dict()["norms"]
+    assert float(known[known < INF].max()) < 1e3, "the user's own is the first one's"
