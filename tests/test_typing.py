@@ -39,6 +39,7 @@ from gradwatch import (
     StepRecord,
     default_rules,
 )
+from gradwatch.clip import AGC, AutoClip
 
 model = nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -99,12 +100,18 @@ full.detach()
 GradWatch(model, optimizer=optimizer, clip=1, rules=(), on_alert=sink, console=False)
 GradWatch(model, clip=partial(torch.nn.utils.clip_grad_value_, clip_value=1.0))
 GradWatch(model, clip=partial(torch.nn.utils.clip_grad_norm_, max_norm=1.0))
+GradWatch(model, clip=AGC(exclude=("head.*",)), on_nonfinite="skip", max_skips=3, restore_buffers=True)
+GradWatch(model, on_rule={"gradient_spike": "skip", "exploding_gradient": 1.0, "large": AutoClip()}, rules=[large])
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+with GradWatch(model, keep_good=100, keep_also=scheduler) as keeping:
+    assert_type(keeping.rollback(), int)
 
 try:
     optimizer.step()
 except NonFiniteGradientError as error:
     assert_type(error.parameters, tuple[str, ...])
     assert_type(error.step, int)
+    assert_type(error.layers, tuple[str, ...])
 
 state = GradState(int(watch.history.stat("grad_state")[0, 0]))
 print(bool(state & GradState.CLIPPED), SkipReason(int(watch.history.stat("skip_reason")[0])) is SkipReason.SCALER)
