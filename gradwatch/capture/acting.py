@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.capture.buffers import Buffers
 from gradwatch.capture.draft import Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.norms import NormReader, exact
@@ -100,63 +101,154 @@ class Due:
     write_provisional: Callable[[], None]
 
 
-def let_act(
-    act: Act,
-    due: Due,
-    *,
-    there: Sequence[int],
-    probes: Probes,
-    draft: Draft,
-    gradients: Gradients,
-) -> SkipReason:
-    """Call `act`, and write into the draft what it did.
+class Acting:
+    """Lets an actor act on what is about to be stepped, and writes down what it did.
 
     Args:
         act: the actor.
-        due: the step.
-        there: slots of what it is about to step.
-        probes: those of them that were looked at again.
-        draft: of the record.
-        gradients: what was read of their gradients.
+        models: the watched models.
+        table: their parameters.
+        gradients: what is read of their gradients.
 
-    Returns:
-        Why the step is left out; `NONE`: it is not.
-
-    Raises:
-        Deliberate: carries what the actor raised.
+    Attributes:
+        needs_norms: see `Act`.
     """
-    before = gradients.scaled_since(probes.slots)
-    try:
-        acted = act(due)
-    except Exception as error:
-        draft.raised = isinstance(error, (NonFiniteGradientError, RuleError))
-        raise Deliberate(error) from error
-    if acted.skip is not SkipReason.NONE:
+
+    def __init__(self, act: Act, models: Mapping[str, nn.Module], table: ParameterTable, gradients: Gradients) -> None:
+        self._act, self._models, self._table, self._gradients = act, models, table, gradients
+        self._buffers: Buffers | None = None
+        self._named: tuple[Any, Sequence[int], _Names] = (None, (), _Names((), (), frozenset()))
+
+    @property
+    def needs_norms(self) -> bool:
+        """It decides by numbers on the host."""
+        return self._act.needs_norms
+
+    def scan(self) -> None:
+        """The watch begins, or the models have changed."""
+        self._named = (None, (), _Names((), (), frozenset()))
+        if self._act.skips:
+            self._buffers = Buffers(self._models.values(), self._act.restores_buffers)
+
+    def after_backward(self, draft: Draft) -> None:
+        """The gradients of the record at hand have been read."""
+        if self._buffers is not None and draft.by_scaler and draft.nonfinite.any():
+            self._buffers.restore()  # the scaler will leave the step out, and nobody hears of it before the next backward
+
+    def before_step(
+        self,
+        draft: Draft,
+        key: int,
+        optimizer: Optimizer,
+        there: Sequence[int],
+        probes: Probes,
+        *,
+        step: int,
+        reader: NormReader,
+        heads: set[int],
+        write_provisional: Callable[[], None],
+    ) -> None:
+        """Let the actor act.
+
+        Args:
+            draft: of the record.
+            key: of the optimizer.
+            optimizer: the one that is about to step.
+            there: slots of what it is about to step.
+            probes: those of them that were looked at again.
+            step: number of the record.
+            reader: reads norms again where somebody has changed them.
+            heads: slots in a last layer.
+            write_provisional: see `Due`.
+
+        Raises:
+            Deliberate: carries what the actor raised.
+        """
+        names = self._names(there, heads)
+        due = Due(
+            optimizer=optimizer,
+            step=step,
+            params=[self._table.params[slot] for slot in there],
+            names=names.parameters,
+            layers=names.layers,
+            heads=names.heads,
+            norms=_read_again(there, self._table, reader)
+            if probes.touched
+            else self._gradients.norm[list(there)] * probes.expected,
+            # The loss scale is still on the gradients of a fused optimizer; for all others it is divided out by now.
+            factor=draft.scale * probes.expected,
+            found_inf=getattr(optimizer, "found_inf", None) is not None,
+            write_provisional=write_provisional,
+        )
+        if draft.remote:
+            self._act_on_device(due, draft, there, reader)
+            return
+        left_out = True
+        try:
+            reason = self._act_on_host(due, draft, there, probes)
+            left_out = reason is not SkipReason.NONE
+            if left_out:
+                draft.left_out[key] = reason
+        finally:  # what is raised leaves the step out, too
+            if left_out and self._buffers is not None:
+                self._buffers.restore()
+
+    def after_step(self, draft: Draft, key: int, optimizer: Optimizer, found_inf: bool) -> bool:
+        """The step has returned; whether it changed nothing, as one does that a GradScaler had told to."""
+        if key in draft.left_out:
+            self._act.stepped(optimizer)
+            return True
+        if self._buffers is not None and not found_inf and not draft.nonfinite.any():
+            self._buffers.keep()
+        return found_inf
+
+    def _act_on_host(self, due: Due, draft: Draft, there: Sequence[int], probes: Probes) -> SkipReason:
+        before = self._gradients.scaled_since(probes.slots)
+        try:
+            acted = self._act(due)
+        except Exception as error:
+            draft.raised = isinstance(error, (NonFiniteGradientError, RuleError))
+            raise Deliberate(error) from error
+        coef = acted.coef
+        if coef is None:
+            after = self._gradients.scaled_since(probes.slots)
+            with np.errstate(all="ignore"):
+                seen = (after / before)[np.isfinite(after) & (before > 0)]
+            coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
+        if coef != coef or abs(coef - 1.0) > UNCHANGED:
+            draft.clipped(there, coef * (draft.clip_coef if probes.touched else 1.0))
         return acted.skip
-    coef = acted.coef
-    if coef is None:
-        after = gradients.scaled_since(probes.slots)
-        with np.errstate(all="ignore"):
-            seen = (after / before)[np.isfinite(after) & (before > 0)]
-        coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
-    if coef != coef or abs(coef - 1.0) > UNCHANGED:
-        draft.clipped(there, coef * (draft.clip_coef if probes.touched else 1.0))
-    return SkipReason.NONE
+
+    def _act_on_device(self, due: Due, draft: Draft, there: Sequence[int], reader: NormReader) -> None:
+        try:
+            coef = self._act.on_device(due)
+        except Exception as error:
+            raise Deliberate(error) from error
+        slab = reader.slabs.get(coef.device) if coef is not None else None
+        if coef is not None and slab is not None:
+            slab.add_clip_coef(coef)
+            draft.clipped_on_device += there
+
+    def _names(self, slots: Sequence[int], heads: set[int]) -> _Names:
+        """Names of slots, worked out anew where something has changed."""
+        key = (id(slots), len(slots), len(heads))
+        if self._named[0] != key:
+            ends = {self._table.layers[slot] for slot in heads}
+            layers = [self._table.layers[slot] for slot in slots]
+            last = frozenset(i for i, layer in enumerate(layers) if layer in ends)
+            self._named = key, slots, _Names([self._table.names[slot] for slot in slots], layers, last)
+        return self._named[2]
 
 
-def act_on_device(act: Act, due: Due) -> Tensor | None:
-    """Call `act` for gradients on a device, without waiting for it.
+class _Names(NamedTuple):
+    """Names of parameters, of the modules that hold them, and which lie in a last layer."""
 
-    Raises:
-        Deliberate: carries what the actor raised.
-    """
-    try:
-        return act.on_device(due)
-    except Exception as error:
-        raise Deliberate(error) from error
+    parameters: Sequence[str]
+    layers: Sequence[str]
+    heads: frozenset[int]
 
 
-def read_again(slots: Sequence[int], table: ParameterTable, reader: NormReader) -> NDArray[np.float64]:
+def _read_again(slots: Sequence[int], table: ParameterTable, reader: NormReader) -> NDArray[np.float64]:
     """Norms of gradients that somebody has changed since they were read; waits for a device."""
     gradients = [(slot, g) for slot in slots if (g := table.params[slot].grad) is not None]
     norms = np.full(len(table), np.nan)

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.capture import acting, private
-from gradwatch.capture.acting import Act, Deliberate, Due
-from gradwatch.capture.buffers import Buffers
+from gradwatch.capture import private
+from gradwatch.capture.acting import BY_HAND, INSIDE_BACKWARD, Act, Acting, Deliberate
 from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
@@ -31,7 +30,7 @@ from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import Meta, Pending
-from gradwatch.records import GradState, Sampling, SkipReason
+from gradwatch.records import GradState, Sampling
 
 _FROZEN_AFTER = 5
 """Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
@@ -72,12 +71,12 @@ class Recorder:
         self._sampling = sampling
         self._next_row, self._on_row, self._on_meta = next_row, on_row, on_meta
         self._recorded = recorded
-        self._act = act
         self.table = ParameterTable(models)
         self.owners = Owners(self.table)
         self.clock = Clock(self.owners.owner_of)
         self._reader = NormReader(self.table.params)
         self.gradients = Gradients(self.table.params, self._reader)
+        self.acting = Acting(act, models, self.table, self.gradients) if act is not None else None
         self.weights = WeightSample(self.table.params)
         self._initial = InitialFacts()
         self.scale = LossScale(scaler)
@@ -97,14 +96,6 @@ class Recorder:
         self._steps_without: set[int] = set()
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
-        self._models = models
-        self._buffers: Buffers | None = None
-        self._rescans = 0
-        self._names: tuple[Any, Sequence[int], tuple[Sequence[str], Sequence[str], frozenset[int]]] = (
-            None,
-            (),
-            ((), (), frozenset()),
-        )
         self.unfinished = 0
         self._describe()
 
@@ -121,15 +112,12 @@ class Recorder:
         """Put hooks on modules; `stop` takes them out."""
         self.inside.scan()
         self._listen()
-        self._keep_buffers()
+        if self.acting is not None:
+            self.acting.scan()
 
     def stop(self) -> None:
         """Nothing of the watch is left on the model."""
         self.inside.hooks.remove()
-
-    def _keep_buffers(self) -> None:
-        if self._act is not None and self._act.skips:
-            self._buffers = Buffers(self._models.values(), self._act.restores_buffers)
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
@@ -166,8 +154,8 @@ class Recorder:
             if scalar:
                 self._add_loss(draft, roots)
             self._take_told(draft)
-            if self._buffers is not None and draft.by_scaler and draft.nonfinite.any():
-                self._buffers.restore()  # the scaler will leave the step out, and nobody hears of it before the next backward
+            if self.acting is not None:
+                self.acting.after_backward(draft)
             if (reached is not self.gradients.everything or not self._walks.done) and self._walks.take(reached, roots):
                 self._describe()
         outcome = self.clock.backward_end(reached)
@@ -200,7 +188,7 @@ class Recorder:
         if outcome is not None:
             self._finish(outcome)
         if act is Pre.WAIT:
-            return key, self._act is not None
+            return key, self.acting is not None
         record = self.clock.open
         if record is None or act is Pre.IGNORE:
             return key, False
@@ -239,63 +227,26 @@ class Recorder:
         if draft.remote:
             draft.probes.append(probes)
             self._send_probes(probes)
-            if self._act is None:
+            if self.acting is None:
                 return
-            if self._act.needs_norms:
+            if self.acting.needs_norms:
                 self._await()
         else:
             self._look_at_probes(draft, probes, self.gradients.scaled_since(probes.slots))
-        if self._act is not None and there and not draft.state[there[0]] & GradState.CLEARED:
+        if self.acting is not None and there and not draft.state[there[0]] & GradState.CLEARED:
             if self.clock.in_backward:
-                raise Deliberate(RuntimeError(acting.INSIDE_BACKWARD))
-            self._let_act(self._act, draft, key, optimizer, there, probes)
-
-    def _let_act(self, act: Act, draft: Draft, key: int, optimizer: Optimizer, there: Sequence[int], probes: Probes) -> None:
-        """Let the actor act on the gradients in `there`, which `optimizer` is about to step."""
-        if probes.touched:
-            norms = acting.read_again(there, self.table, self._reader)
-        else:
-            norms = self.gradients.norm[list(there)] * probes.expected
-        names, layers, heads = self._named(there)
-        due = Due(
-            optimizer=optimizer,
-            step=self.recorded(),
-            params=[self.table.params[slot] for slot in there],
-            names=names,
-            layers=layers,
-            heads=heads,
-            norms=norms,
-            # The loss scale is still on the gradients of a fused optimizer; for all others it is divided out by now.
-            factor=draft.scale * probes.expected,
-            found_inf=getattr(optimizer, "found_inf", None) is not None,
-            write_provisional=lambda: self._write_provisional(key),
-        )
-        if draft.remote:
-            coef = acting.act_on_device(act, due)
-            slab = self._reader.slabs.get(coef.device) if coef is not None else None
-            if coef is not None and slab is not None:
-                slab.add_clip_coef(coef)
-                draft.clipped_on_device += there
-            return
-        left_out = True
-        try:
-            reason = acting.let_act(act, due, there=there, probes=probes, draft=draft, gradients=self.gradients)
-            left_out = reason is not SkipReason.NONE
-            if left_out:
-                draft.left_out[key] = reason
-        finally:  # what is raised leaves the step out, too
-            if left_out and self._buffers is not None:
-                self._buffers.restore()
-
-    def _named(self, slots: Sequence[int]) -> tuple[Sequence[str], Sequence[str], frozenset[int]]:
-        """Names and layers of slots, and which of them lie in a last layer; worked out anew where something has changed."""
-        key = (id(slots), len(slots), len(self._walks.roles.heads), self._rescans)
-        if self._names[0] != key:
-            heads = {self.table.layers[slot] for slot in self._walks.roles.heads}
-            layers = [self.table.layers[slot] for slot in slots]
-            last = frozenset(i for i, layer in enumerate(layers) if layer in heads)
-            self._names = key, slots, ([self.table.names[slot] for slot in slots], layers, last)
-        return self._names[2]
+                raise Deliberate(RuntimeError(INSIDE_BACKWARD))
+            self.acting.before_step(
+                draft,
+                key,
+                optimizer,
+                there,
+                probes,
+                step=self.recorded(),
+                reader=self._reader,
+                heads=self._walks.roles.heads,
+                write_provisional=lambda: self._write_provisional(key),
+            )
 
     def _write_provisional(self, key: int) -> None:
         """Write the open record as it will be if the owner `key` steps now."""
@@ -354,12 +305,8 @@ class Recorder:
         record, draft = self.clock.open, self._draft
         found = getattr(optimizer, "found_inf", None)
         found_inf = isinstance(found, Tensor) and bool(found.item())
-        if draft is not None and key in draft.left_out:
-            found_inf = True  # for the record it comes to the same
-            if self._act is not None:
-                self._act.stepped(optimizer)
-        elif self._buffers is not None and draft is not None and not found_inf and not draft.nonfinite.any():
-            self._buffers.keep()
+        if self.acting is not None and draft is not None:
+            found_inf = self.acting.after_step(draft, key, optimizer, found_inf)
         outermost = self.clock.steps_running() <= 1
         mine = self.owners.slots(key)
         if outermost:
@@ -719,8 +666,8 @@ class Recorder:
                 self._drain(force=True)
         self.weights.forget()
         self._versions.clear()
-        if outcome is Outcome.BY_HAND and self._act is not None and not record.owners:
-            raise Deliberate(RuntimeError(acting.BY_HAND))
+        if outcome is Outcome.BY_HAND and self.acting is not None and not record.owners:
+            raise Deliberate(RuntimeError(BY_HAND))
 
     def _see_frozen(self) -> None:
         """Frozen or thawed for a few records running: then it is meant so. A GAN freezes its other half for one step only."""
@@ -790,11 +737,10 @@ class Recorder:
     def _rescan(self) -> None:
         self.table.rescan()
         self.inside.rescan()
-        self._rescans += 1
-        if self._buffers is not None:
-            self._keep_buffers()
         self._reader = NormReader(self.table.params)
         self.gradients.resize(self.table.params, self._reader)
+        if self.acting is not None:
+            self.acting.scan()
         self.weights = WeightSample(self.table.params)
         if self._draft is not None:
             self._draft.resize(len(self.table))

@@ -22,8 +22,8 @@ what goes bad later has gone bad elsewhere."""
 def non_finite_input(history: History) -> Iterator[Finding]:
     """What a model is given holds a NaN or an Inf, in an update that is looked at (`Sampling`).
 
-    An error where the loss or a gradient is not finite either (a warning where the update was left out for it); otherwise the model knows what to do about it (missing values, a mask)
-    and it is INFO. Names the model.
+    An error where the loss or a gradient is not finite either, a warning where the update was left out for it; otherwise the model knows
+    what to do about it (missing values, a mask) and it is INFO. Names the model.
     """
     if not len(history):
         return
@@ -50,8 +50,8 @@ def non_finite_activation(history: History) -> Iterator[Finding]:
     """The output of a module holds a NaN or an Inf while those of all modules that ran before it are finite.
 
     Names the first such module in the order of execution (`Execution`), the innermost one: a container is named if nothing in it went
-    bad. An error where the loss or a gradient is not finite either; otherwise the values lead nowhere (a mask of -inf before a softmax)
-    and it is INFO. Ignored: modules that had such outputs in one of the last `HABIT` records whose loss and gradients were finite; an
+    bad. An error where the loss or a gradient is not finite either, a warning where the update was left out for it; otherwise the values
+    lead nowhere (a mask of -inf before a softmax) and it is INFO. Ignored: modules that had such outputs in one of the last `HABIT` records whose loss and gradients were finite; an
     activation that is called in many places, where another module can be named; and an overflow in an update that a GradScaler
     skipped, unless the loss is not finite.
     """
