@@ -32,12 +32,12 @@ from gradwatch.diagnose.rules import Rule, default_rules, name_of
 from gradwatch.facts import Meta
 from gradwatch.foresight import Foresight
 from gradwatch.history import History
+from gradwatch.keeping import Keeping
 from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
 from gradwatch.protect.actor import MAX_SKIPS, Actor, Policy, Reaction
-from gradwatch.protect.rollback import GoodStates
-from gradwatch.records import Alert, Sampling, Severity, StepRecord
+from gradwatch.records import Alert, Sampling, StepRecord
 
 logger = logging.getLogger("gradwatch")
 logger.addHandler(logging.NullHandler())
@@ -145,9 +145,11 @@ class GradWatch:
             notice=_weakly(self._notice),
         )
         self._actor = Actor(policy, self._foresight) if policy.asked else None
-        self._keep_every = options.keep_good(keep_good)
-        also = options.keep_also(keep_also, self._keep_every)
-        self._good = GoodStates(models, also) if self._keep_every is not None else None
+        every = options.keep_good(keep_good)
+        also = options.keep_also(keep_also, every)
+        self._keeping: Keeping | None = None
+        if every is not None:
+            self._keeping = Keeping(every, models, also, state=_weakly(self.state_dict), safely=_weakly(self._safely))
         self._carried: Mapping[str, Any] | None = None
         self._history: History | None = None
         self._recorder: Recorder | None = None
@@ -316,16 +318,15 @@ class GradWatch:
                 changed since.
         """
         recorder = self._attached_recorder("rollback")
-        if self._good is None:
+        if self._keeping is None:
             raise RuntimeError("GradWatch.rollback(): no states are kept; say how often by GradWatch(model, keep_good=100)")
         if recorder is None:
             raise RuntimeError("GradWatch.rollback(): the watch has switched itself off; see watch.notices, and load a checkpoint")
         if recorder.under_way():
             raise RuntimeError("GradWatch.rollback(): a backward pass or a step is under way; call it between two updates")
         recorder.drain()
-        errors = [alert for alert in self._incidents.alerts if alert.state == "open" and alert.severity >= Severity.ERROR]
         now, why = recorder.recorded(), self._foresight.story()
-        kept = self._good.restore(min((alert.step for alert in errors), default=None))
+        kept = self._keeping.go_back(self._incidents.alerts)
         recorder.abandon()
         self.load_state_dict(kept.watch)
         self._tell(f"went back from step {now} to step {kept.step}. {why}".rstrip())
@@ -552,34 +553,12 @@ class GradWatch:
         if self._recorder is not None:
             history.pending = self._recorder.pending
         self._judge(history)
-        if self._keep_every is not None and (history.recorded == 1 or history.recorded % self._keep_every == 0):
-            self._plan_to_keep(history)
+        if self._keeping is not None:
+            self._keeping.record_closed(history, self._incidents.alerts, self._recorder)
         if self._step_sinks:
             for sink in tuple(self._step_sinks):
                 if not self._safely(partial(sink, history.record()), f"the on_step callable {_name(sink)}"):
                     self._step_sinks.remove(sink)
-
-    def _plan_to_keep(self, history: History) -> None:
-        """Keep the state between this update and the next, if it is a good one."""
-        recorder = self._recorder
-        errors = any(alert.state == "open" and alert.severity >= Severity.ERROR for alert in self._incidents.alerts)
-        loss = history.recent("loss", 1)[0]
-        bad = history.recent("skipped", 1)[0] or (history.recent("loss_terms", 1)[0] > 0 and not np.isfinite(loss))
-        if recorder is None or errors or bad:
-            return
-        # Schedulers and scalers are moved on after the step, and random numbers are drawn in the forward pass.
-        if not recorder.inside.hooks.before_next_forward(_weakly(self._keep)):
-            self._keep()
-
-    def _keep(self) -> None:
-        recorder, good = self._recorder, self._good
-        if recorder is None or good is None:
-            return
-        state = self.state_dict()
-        if not self._safely(
-            lambda: good.keep(recorder.recorded(), recorder.owners.living(), recorder.scale.heard, state), "keeping a good state"
-        ):
-            self._keep_every = None
 
     def _judge_pending(self) -> None:
         """Backward passes that pile up or serve nobody have no record, and still tell something."""

@@ -139,8 +139,8 @@ def test_no_state_is_kept_while_an_error_is_open_nor_of_an_update_that_was_left_
             update(model, optimizer, i)
         for i in range(12, 20):
             update(model, optimizer, i, factor=math.nan)
-        assert watch._good is not None
-        assert watch._good.steps == (11, 12)
+        assert watch._keeping is not None
+        assert watch._keeping.steps == (11, 12)
 
 
 def test_a_model_that_is_called_by_its_parts_or_compiled_is_kept_when_the_step_returns() -> None:

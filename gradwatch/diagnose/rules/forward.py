@@ -51,9 +51,11 @@ def non_finite_activation(history: History) -> Iterator[Finding]:
 
     Names the first such module in the order of execution (`Execution`), the innermost one: a container is named if nothing in it went
     bad. An error where the loss or a gradient is not finite either, a warning where the update was left out for it; otherwise the values
-    lead nowhere (a mask of -inf before a softmax) and it is INFO. Ignored: modules that had such outputs in one of the last `HABIT` records whose loss and gradients were finite; an
-    activation that is called in many places, where another module can be named; and an overflow in an update that a GradScaler
-    skipped, unless the loss is not finite.
+    lead nowhere (a mask of -inf before a softmax) and it is INFO.
+
+    Ignored: modules that had such outputs in one of the last `HABIT` records whose loss and gradients were finite; an activation that is
+    called in many places, where another module can be named; and an overflow in an update that a GradScaler skipped, unless the loss
+    is not finite.
     """
     if not len(history):
         return
