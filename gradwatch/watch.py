@@ -151,6 +151,7 @@ class GradWatch:
         if every is not None:
             self._keeping = Keeping(every, models, also, state=_weakly(self.state_dict), safely=_weakly(self._safely))
         self._carried: Mapping[str, Any] | None = None
+        self._resumes = False
         self._history: History | None = None
         self._recorder: Recorder | None = None
         self._started: float | None = None
@@ -201,8 +202,9 @@ class GradWatch:
             TAPE.add(self)
             recorder.start()
             if self._carried is not None:
-                recorder.load_state_dict(self._carried)
-                self._carried = None
+                # Who enters the block again begins anew to look closely; a run that goes on from a checkpoint does not.
+                recorder.load_state_dict(self._carried, cadence=self._resumes)
+                self._carried, self._resumes = None, False
             if any(_ORPHANS.pop(model, False) for model in models.values()):
                 self._notice("an earlier watch on this model was still attached and no longer referenced; it has been detached")
             for lack in private.self_test():
@@ -415,7 +417,7 @@ class GradWatch:
             self._actor.load_state_dict(state["actor"])
         carried = decode(state["recorder"]) if state.get("recorder") is not None else None
         if self._recorder is None:
-            self._carried = carried
+            self._carried, self._resumes = carried, True
         elif carried is not None:
             self._recorder.load_state_dict(carried)
         if len(history):

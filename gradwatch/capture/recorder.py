@@ -404,11 +404,12 @@ class Recorder:
             "ever_stepped": self._ever_stepped,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self._counts.clear()
-        self._resumed = [(list(names), int(count)) for names, count in state["counts"]]
-        self._resume()
+    def load_state_dict(self, state: Mapping[str, Any], cadence: bool = True) -> None:
+        """Continue from `state_dict`; with or without the cadence."""
+        if cadence:
+            self._counts.clear()
+            self._resumed = [(list(names), int(count)) for names, count in state["counts"]]
+            self._resume()
         self.scale.load_state_dict(state["scale"])
         self.inside.load_state_dict(state["inside"])
         self._ever_stepped = bool(state["ever_stepped"])
