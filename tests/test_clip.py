@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch import clip as clippers
+from gradwatch.capture import parameters
 from gradwatch.clip import (
     AGC,
     AutoClip,
@@ -603,7 +604,7 @@ def test_what_is_not_finite_multiplies_nothing(values: list[Tensor], name: str, 
     clean = not broken.numel()
     params = with_gradients(*values)
     layers = [f"layer{i}" for i in range(len(values))]
-    with mock.patch.object(clippers, "_on_host", clippers._on_host if host else lambda tensor: False):
+    with mock.patch.object(parameters, "HOST", parameters.HOST if host else "nowhere"):
         factor = float((GLOBAL | EACH)[name](1e-3).clip(seen(params, layers)))
     assert factor <= 1
     assert name in EACH or clean or factor == 1
@@ -685,7 +686,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(*_: object, **__: object) -> Any:
         raise AssertionError("it reads a tensor of a device")
 
-    monkeypatch.setattr(clippers, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(parameters, "HOST", "nowhere")
     for method in ("tolist", "numpy", "item", "cpu"):
         monkeypatch.setattr(torch.Tensor, method, waits)
 

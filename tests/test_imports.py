@@ -83,6 +83,7 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
         ("records", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gradwatch.history import History"),
         ("capture.tape", "from gradwatch.watch import GradWatch"),
         ("protect.actor", "from gradwatch.diagnose import incidents"),
+        ("clip.learnt", "from gradwatch.protect import actor"),
         ("clock", "from torch import Tensor"),
     ],
 )
@@ -97,6 +98,7 @@ def test_an_import_the_wrong_way_is_found(module: str, source: str) -> None:
         ("watch", "from gradwatch.capture import tape\nimport torch"),
         ("diagnose.rules.vanishing", "import numpy as np\nfrom gradwatch.history import History"),
         ("capture.tape", "import torch\nfrom gradwatch.records import StepRecord"),
+        ("clip.learnt", "from gradwatch.capture import parameters\nfrom gradwatch.clip.norms import joint_norm"),
         ("history", "from gradwatch.baselines import Baselines"),
     ],
 )

@@ -141,7 +141,8 @@ class ParameterTable:
 
 
 HOST = "cpu"
-"""Type of the device whose tensors are read where they are; a test that sets it to something else sends CPU tensors over the slab."""
+"""Type of the device whose tensors are read where they are; a test that sets it to something else sends CPU tensors over the slab,
+and clippers take them for those of a device."""
 
 
 def on_host(tensor: Tensor) -> bool:

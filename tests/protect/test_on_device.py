@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gradwatch import GradWatch, NonFiniteGradientError, Sampling, SkipReason
-from gradwatch import clip as clippers
 from gradwatch.capture import parameters
 from gradwatch.clip import AGC, AutoClip, GlobalNorm, MedianScaled, NormClipper, PerLayer, PerParameter, Value, ZClip
 from tests.protect.test_skip import same
@@ -42,7 +41,6 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors lie on a device, as far as the watch and clippers can tell."""
     monkeypatch.setattr(parameters, "HOST", "nowhere")
-    monkeypatch.setattr(clippers, "_on_host", lambda tensor: False)
 
 
 def network() -> nn.Sequential:

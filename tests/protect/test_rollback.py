@@ -959,7 +959,7 @@ def test_a_copy_that_is_broken_off_is_no_state(monkeypatch: pytest.MonkeyPatch) 
     kept = training.bits()
     training.run(1, 3)
     with monkeypatch.context() as patch:
-        patch.setattr("gradwatch.protect.rollback._memory", interrupted(after=5))
+        patch.setattr("gradwatch.protect.host._memory", interrupted(after=5))
         with pytest.raises(KeyboardInterrupt):
             training.keep(3)
     assert training.states.steps == (2,)
