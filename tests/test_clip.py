@@ -968,3 +968,44 @@ def test_an_error_says_what_was_given_and_what_is_needed(
         make()
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_parameters_that_the_model_does_not_hold_are_layers_by_themselves() -> None:
+    model = nn.Linear(2, 2)
+    strangers = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for p, g in zip(strangers, (3.0, 4.0), strict=True):
+        p.grad = torch.tensor([g])
+    PerLayer(1.0, model=model)([*model.parameters(), *strangers])
+    assert [float(p.grad) for p in strangers if p.grad is not None] == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
+def test_a_parameter_that_the_model_has_taken_in_stands_there() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    late = nn.Linear(2, 2)
+    for p in late.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    clipper = PerLayer(1.0, model=model)
+    clipper(list(late.parameters()))
+    model.append(late)
+    for p in late.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    clipper(list(late.parameters()))
+    norm = sum(float(p.grad.square().sum()) for p in late.parameters() if p.grad is not None) ** 0.5
+    assert norm == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "clipper", [ZClip(), AutoClip(window=20), MedianScaled(window=20)], ids=lambda clipper: type(clipper).__name__
+)
+def test_a_state_that_holds_nan_is_refused(clipper: Any) -> None:
+    state = clipper.state_dict()
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            state[key] = torch.full_like(value, float("nan"))
+    with pytest.raises(ValueError, match="holds NaN or negative norms"):
+        clipper.load_state_dict(state)
+
+
+def test_a_bound_beyond_all_floats_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite and above 0"):
+        GlobalNorm(10**400)

@@ -16,7 +16,10 @@ def number(owner: str, name: str, given: object, needs: str) -> float:
     """An argument that is a float; in what range, the caller checks."""
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{owner}({name}={short(given)}): got {type(given).__name__}; it needs a float, {needs}")
-    return float(given)
+    try:
+        return float(given)
+    except OverflowError:
+        return math.inf
 
 
 def above_zero(owner: str, name: str, given: object) -> float:
@@ -82,6 +85,8 @@ def saved(owner: str, key: str, given: object, size: int, hint: str) -> Tensor:
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != (size,):
         what = f"a {values.dtype} tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else short(given)
         raise ValueError(f"{owner}.load_state_dict: {key!r} is {what}; it needs a floating tensor of shape ({size},), {hint}")
+    if values.isnan().any() or (values < 0).any():
+        raise ValueError(f"{owner}.load_state_dict: {key!r} holds NaN or negative norms; it needs norms, {hint}")
     return values.detach().clone()
 
 

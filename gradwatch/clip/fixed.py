@@ -17,6 +17,10 @@ from gradwatch.clip.norms import grads_of, joint_norm, precise
 from gradwatch.clip.places import Places
 
 
+_FITS = 1e30
+"""A total that float32 holds with room for what it is divided by."""
+
+
 class GlobalNorm(NormClipper):
     """One bound for the 2-norm of all gradients together: `torch.nn.utils.clip_grad_norm_`, and bit-equal to it.
 
@@ -43,7 +47,7 @@ class GlobalNorm(NormClipper):
     def clip(self, gradients: Gradients) -> Tensor:
         """Scale all gradients by one factor, and return it."""
         total = joint_norm(gradients.norms)
-        if total.dtype is torch.float64 and on_host(total) and TINY < float(total) < 1e30 and not _any_double(gradients.params):
+        if total.dtype is torch.float64 and on_host(total) and TINY < float(total) < _FITS and not _any_double(gradients.params):
             # Norms that a watch has read in float64: torch divides in the precision of the gradients.
             total = total.float()
         return clip_jointly(gradients.params, total, self.max_norm)

@@ -23,6 +23,7 @@ class Place:
 
 
 NOWHERE = Place("", "", 0)
+"""Of a clipper that was given no model."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -48,14 +49,14 @@ class Places:
                 self._known.setdefault(id(p), (weakref.ref(p), place))
 
     def of(self, params: Sequence[Tensor]) -> list[Place]:
-        """The place of each; one that the model does not hold stands nowhere: under "", by itself."""
+        """The place of each; one that the model does not hold is a layer by itself, without a name."""
         for again in (True, False):
             found = [self._known.get(id(p)) for p in params]
             lost = [p for p, entry in zip(params, found, strict=True) if entry is None or entry[0]() is not p]
             if lost and again:
                 self._scan()  # the model has changed since
-        self._known.update((id(p), (weakref.ref(p), NOWHERE)) for p in lost)
-        return [self._known[id(p)][1] for p in params]
+        strangers = {id(p): Place("", f"?{i}", 0) for i, p in enumerate(lost)}
+        return [strangers.get(id(p)) or self._known[id(p)][1] for p in params]
 
     def check(self, patterns: Sequence[str]) -> None:
         """Raise where a pattern matches no parameter: it would be left without an effect, and without a word."""
