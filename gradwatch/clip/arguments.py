@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradwatch.capture.parameters import on_host
+
 
 def number(owner: str, name: str, given: object, needs: str) -> float:
     """An argument that is a float; in what range, the caller checks."""
@@ -85,7 +87,7 @@ def saved(owner: str, key: str, given: object, size: int, hint: str) -> Tensor:
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != (size,):
         what = f"a {values.dtype} tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else short(given)
         raise ValueError(f"{owner}.load_state_dict: {key!r} is {what}; it needs a floating tensor of shape ({size},), {hint}")
-    if values.isnan().any() or (values < 0).any():
+    if on_host(values) and bool(values.isnan().any() or (values < 0).any()):
         raise ValueError(f"{owner}.load_state_dict: {key!r} holds NaN or negative norms; it needs norms, {hint}")
     return values.detach().clone()
 

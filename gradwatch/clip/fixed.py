@@ -16,7 +16,6 @@ from gradwatch.clip.factors import clip_each, clip_jointly, factors_of
 from gradwatch.clip.norms import grads_of, joint_norm, precise
 from gradwatch.clip.places import Places
 
-
 _FITS = 1e30
 """A total that float32 holds with room for what it is divided by."""
 
