@@ -117,7 +117,7 @@ class Acting:
     def __init__(self, act: Act, models: Mapping[str, nn.Module], table: ParameterTable, gradients: Gradients) -> None:
         self._act, self._models, self._table, self._gradients = act, models, table, gradients
         self._buffers: Buffers | None = None
-        self._named: tuple[Any, Sequence[int], _Names] = (None, (), _Names((), (), frozenset()))
+        self._named: tuple[Any, Sequence[int], _Names] = (None, (), _NOBODY)
 
     @property
     def needs_norms(self) -> bool:
@@ -126,7 +126,7 @@ class Acting:
 
     def scan(self) -> None:
         """The watch begins, or the models have changed."""
-        self._named = (None, (), _Names((), (), frozenset()))
+        self._named = (None, (), _NOBODY)
         if self._act.skips:
             self._buffers = Buffers(self._models.values(), self._act.restores_buffers)
 
@@ -168,7 +168,7 @@ class Acting:
         due = Due(
             optimizer=optimizer,
             step=step,
-            params=[self._table.params[slot] for slot in there],
+            params=names.tensors,
             names=names.parameters,
             layers=names.layers,
             heads=names.heads,
@@ -203,7 +203,6 @@ class Acting:
         return found_inf
 
     def _act_on_host(self, due: Due, draft: Draft, there: Sequence[int], probes: Probes) -> SkipReason:
-        before = self._gradients.scaled_since(probes.slots)
         try:
             acted = self._act(due)
         except Exception as error:
@@ -211,9 +210,9 @@ class Acting:
             raise Deliberate(error) from error
         coef = acted.coef
         if coef is None:
-            after = self._gradients.scaled_since(probes.slots)
+            before, after = probes.ratios, self._gradients.scaled_since(probes.slots)
             with np.errstate(all="ignore"):
-                seen = (after / before)[np.isfinite(after) & (before > 0)]
+                seen = (after / before)[np.isfinite(after) & (before > 0)] if before is not None else after[:0]
             coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
         if coef != coef or abs(coef - 1.0) > UNCHANGED:
             draft.clipped(there, coef * (draft.clip_coef if probes.touched else 1.0))
@@ -236,16 +235,26 @@ class Acting:
             ends = {self._table.layers[slot] for slot in heads}
             layers = [self._table.layers[slot] for slot in slots]
             last = frozenset(i for i, layer in enumerate(layers) if layer in ends)
-            self._named = key, slots, _Names([self._table.names[slot] for slot in slots], layers, last)
+            params = [self._table.params[slot] for slot in slots]
+            self._named = (
+                key,
+                slots,
+                _Names([self._table.names[slot] for slot in slots], layers, last, params, np.array(slots, np.int64)),
+            )
         return self._named[2]
 
 
 class _Names(NamedTuple):
-    """Names of parameters, of the modules that hold them, and which lie in a last layer."""
+    """Names of parameters and of the modules that hold them, which lie in a last layer, the parameters, and their slots: int64 `[N]`."""
 
     parameters: Sequence[str]
     layers: Sequence[str]
     heads: frozenset[int]
+    tensors: Sequence[Tensor]
+    slots: NDArray[np.int64]
+
+
+_NOBODY = _Names((), (), frozenset(), (), np.zeros(0, np.int64))
 
 
 def _read_again(slots: Sequence[int], table: ParameterTable, reader: NormReader) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ class Buffers:
 
     def __init__(self, models: Iterable[nn.Module], wanted: bool | None) -> None:
         places = [private.own_buffers(module) for model in models for module in model.modules()] if wanted is not False else []
-        self._places = list({id(place): place for place in places}.values())
+        self._places = list({id(place): place for place in places if place}.values())
         self._most = FREE if wanted is None else None
         self._where: list[tuple[dict[str, Tensor | None], str]] = []
         self._tensors: list[Tensor] = []
@@ -43,6 +43,8 @@ class Buffers:
 
     def keep(self) -> None:
         """An update is over: what is there now is what the next one starts from."""
+        if not self._places:
+            return
         where = [(place, name) for place in self._places for name, tensor in place.items() if self._is_kept(tensor)]
         tensors = [tensor for place, name in where if (tensor := place[name]) is not None]
         with torch.no_grad():

@@ -25,6 +25,7 @@ class Probes:
         by_scaler: a GradScaler has divided its scale out of them by now.
         expected: their norms over those read, if nobody else touched them.
         touched: somebody did.
+        ratios: their norms now over those read; None where they are on a device.
     """
 
     slots: Sequence[int]
@@ -32,6 +33,7 @@ class Probes:
     by_scaler: bool
     expected: float = 1.0
     touched: bool = False
+    ratios: NDArray[np.float64] | None = None
 
 
 @dataclass(slots=True)

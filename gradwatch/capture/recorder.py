@@ -268,6 +268,7 @@ class Recorder:
         if ratios.size and not any(ratios.tolist()) and self.gradients.cleared(probes.of):
             draft.flag(list(probes.of), GradState.CLEARED)
             return
+        probes.ratios = ratios
         probes.expected = 1.0 / draft.scale if probes.by_scaler else 1.0
         self.scale.see(draft, ratios.tolist())
         if not draft.by_scaler and draft.scale != 1.0:

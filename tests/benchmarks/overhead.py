@@ -1,4 +1,4 @@
-"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth compiled rules ...]`.
+"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth compiled protection rules ...]`.
 
 One process, one thread, CPU time (`time.process_time`): wall time on shared cores scatters by 20 % for a watch that does
 nothing. Every contender trains a copy of the network on the same batch. They take turns update by update, in a new order
@@ -265,6 +265,36 @@ def growth_table(quick: bool) -> list[list[str]]:
     return table
 
 
+PROTECTION: dict[str, dict[str, Any]] = {
+    "watched": {},
+    "raise": {"on_nonfinite": "raise"},
+    "skip": {"on_nonfinite": "skip"},
+    "on_rule: spike, skip": {"on_rule": {"gradient_spike": "skip"}},
+    "keep_good=100": {"keep_good": 100},
+}
+
+
+def protection_table(quick: bool) -> list[list[str]]:
+    """What it costs to stand ready while nothing is wrong: each over a bare loop, one after the other, past the dense start."""
+    table = [["protection", "bare, ms", "bare again", *PROTECTION]]
+    for name in ("mlp", "tiny"):
+        workload = WORKLOADS[name]
+        blocks = max(4, workload.blocks // (4 if quick else 1))
+        cells: list[str] = []
+        for options in PROTECTION.values():
+            bare, watched = Contender("bare", workload), Contender("watched", workload, watch=options)
+            contenders = [bare, Contender("bare again", workload), watched]
+            with attached(watched):
+                forward_to(contenders, FULL + 2)
+                take_turns(contenders, blocks * BLOCK)
+            found = costs(contenders)
+            if not cells:
+                cells = [f"{1e3 * sum(bare.seconds) / len(bare.seconds):.2f}", str(found["bare again"])]
+            cells.append(str(found["watched"]))
+        table.append([workload.name, *cells])
+    return table
+
+
 def compiled_table(quick: bool) -> list[list[str]]:
     """Dynamo serves a watched network by the graph of a bare one unless it checks for hooks, as it does while a watch is attached."""
     table = [["compiled by inductor", "bare, ms", "watched, first 32", "bare again", "watched"]]
@@ -316,7 +346,7 @@ def machine() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what the watch costs, in CPU time against the same loop without it.")
-    choices = [*WORKLOADS, "growth", "compiled", "rules"]
+    choices = [*WORKLOADS, "growth", "compiled", "protection", "rules"]
     parser.add_argument("what", nargs="*", metavar="what", help=f"any of: {', '.join(choices)} (all)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the blocks, without the two large networks")
     parser.add_argument("--blocks", type=int, help=f"blocks of {BLOCK} updates to measure")
@@ -342,6 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(printed(growth_table(options.quick), options.markdown) + "\n", flush=True)
     if "compiled" in what:
         print(printed(compiled_table(options.quick), options.markdown) + "\n", flush=True)
+    if "protection" in what:
+        print(printed(protection_table(options.quick), options.markdown) + "\n", flush=True)
     if "rules" in what:
         print(printed(rules_table(), options.markdown), flush=True)
 
