@@ -61,12 +61,16 @@ class Foresight:
         """Whether an incident of the rule is open."""
         return any(alert.rule == rule and alert.state == "open" for alert in self._incidents.alerts)
 
-    def story(self) -> str:
-        """What was found so far, in a sentence; "" for nothing."""
+    def story(self, still: bool = False) -> str:
+        """What was found so far, in a sentence; "" for nothing.
+
+        Args:
+            still: only what is not over.
+        """
         told = [
             f"{words.rule_words(alert.rule)} {words.began(alert)} ({alert.message})"
             for alert in self._incidents.alerts
-            if alert.severity >= Severity.WARNING
+            if alert.severity >= Severity.WARNING and (alert.state == "open" or not still)
         ]
         more = f" and {len(told) - 3} more in watch.alerts" if len(told) > 3 else ""
         return f"Found so far: {'; '.join(told[:3])}{more}. " if told else ""

@@ -327,7 +327,7 @@ class GradWatch:
         if recorder.under_way():
             raise RuntimeError("GradWatch.rollback(): a backward pass or a step is under way; call it between two updates")
         recorder.drain()
-        now, why = recorder.recorded(), self._foresight.story()
+        now, why = recorder.recorded(), self._foresight.story(still=True)
         kept = self._keeping.go_back(self._incidents.alerts)
         recorder.abandon()
         self.load_state_dict(kept.watch)

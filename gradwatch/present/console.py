@@ -70,7 +70,8 @@ class ConsoleSink:
     def _news(self, alert: Alert) -> list[_Line]:
         known = _same(self._going_on, alert)
         if known is None:
-            return self._opening(alert)
+            # What ends without having begun has ended before: the watch went back to when it was open.
+            return self._opening(alert) if alert.state == "open" or not self._opened.get(alert.rule) else []
         before, told = self._going_on[known]
         if alert.state == "ended":
             del self._going_on[known]

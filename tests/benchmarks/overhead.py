@@ -1,4 +1,4 @@
-"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth compiled protection rules ...]`.
+"""What the watch costs: `python tests/benchmarks/overhead.py [--quick] [--markdown] [mlp resnet gpt tiny growth compiled rules ...]`.
 
 One process, one thread, CPU time (`time.process_time`): wall time on shared cores scatters by 20 % for a watch that does
 nothing. Every contender trains a copy of the network on the same batch. They take turns update by update, in a new order
