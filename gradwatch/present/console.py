@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, Final, NoReturn, TypeAlias, cast
 
@@ -51,6 +52,7 @@ class ConsoleSink:
         self._console = console
         self._going_on: list[tuple[Alert, bool]] = []  # open incidents, and whether the user was told of them
         self._opened: dict[str, int] = {}
+        self._over: deque[tuple[str, int, tuple[str, ...]]] = deque(maxlen=64)
         self._explained: set[tuple[str, str, str]] = set()
 
     def __call__(self, alert: Alert) -> None:
@@ -70,11 +72,12 @@ class ConsoleSink:
     def _news(self, alert: Alert) -> list[_Line]:
         known = _same(self._going_on, alert)
         if known is None:
-            # What ends without having begun has ended before: the watch went back to when it was open.
-            return self._opening(alert) if alert.state == "open" or not self._opened.get(alert.rule) else []
+            # What ends a second time was open when the state was kept that the watch went back to.
+            return [] if (alert.rule, alert.step, alert.layers) in self._over and alert.state == "ended" else self._opening(alert)
         before, told = self._going_on[known]
         if alert.state == "ended":
             del self._going_on[known]
+            self._over.append((alert.rule, alert.step, alert.layers))
             return [(_ending(alert),)] if told and alert.rule not in _MOMENTS else []
         risen = alert.severity > before.severity
         self._going_on[known] = (alert, told or risen)

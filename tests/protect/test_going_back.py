@@ -215,6 +215,21 @@ def test_bad_options(options: Any, error: type[Exception], says: str) -> None:
         watched(network(), **options)
 
 
+def test_what_had_ended_before_is_not_told_again() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    text = io.StringIO()
+    with watched(model, keep_good=10, on_nonfinite="skip", console=Console(file=text, width=300)) as watch:
+        for i in range(40):
+            update(model, optimizer, i, factor=math.nan if i == 15 else 1.0)
+        assert watch.rollback() == 40 - 10
+        watch.rollback()
+        for i in range(30, 45):
+            update(model, optimizer, i)
+    told = [line for line in text.getvalue().splitlines() if "NaN or Inf in the loss" in line]
+    assert len(told) == 3, "when it began, when it ended, and in the verdict"
+
+
 # -- going on from a checkpoint ----------------------------------------------------------------------------------------------------
 
 
