@@ -25,6 +25,7 @@ ZERO = np.float32(-104.0)
 """Logarithm that stands for a gradient of exactly zero, below that of the smallest float32 (1.4e-45)."""
 
 _REACHED, _STALE, _STEPPED = np.uint8(GradState.REACHED), np.uint8(GradState.STALE), np.uint8(GradState.STEPPED)
+_ASIDE = np.uint8(GradState.ASIDE)
 _BOTH = int(GradState.REACHED | GradState.STEPPED)
 
 _COLUMNS: dict[str, tuple[str, float]] = {
@@ -128,7 +129,7 @@ class Baselines:
         if len(self.first_totals) < WINDOW and not skipped and 0.0 < total < np.inf:
             self.first_totals = np.append(self.first_totals, total)
         self._take_scalars(float(row["loss"]), float(row["loss_scale"]), skipped, reason)
-        if not skipped:
+        if not skipped and not (row["grad_state"] & _ASIDE).any():
             self._take_norms(row["grad_norm"])
         for name in ("update_ratio", "weight_norm", "lr") if full else ("lr",):
             new = row[name]

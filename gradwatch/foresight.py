@@ -9,9 +9,10 @@ import numpy as np
 
 from gradwatch.diagnose.causes import RANK
 from gradwatch.diagnose.incidents import Incidents
-from gradwatch.diagnose.rules import Rule, name_of
+from gradwatch.diagnose.rules import Rule, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.present import words
+from gradwatch.protect.actor import touches
 from gradwatch.records import Finding, Severity
 
 
@@ -51,15 +52,21 @@ class Foresight:
                 if name not in rules or name in self._off:
                     continue
                 try:
-                    found += [finding for finding in rule(history) or () if isinstance(finding, Finding)]
+                    scoped = [self._incidents.in_scope(finding, history) for finding in rule(history) or ()]
+                    found += [finding for finding in scoped if finding is not None]
                 except Exception:
                     self._off.add(name)
                     self._notice(f"the rule {name} raised before a step and is not asked there any more:\n{traceback.format_exc()}")
+                    self._tell(f"nothing is done for {name} any more: the rule raised, see watch.notices")
         return sorted((one for one in found if one.severity >= Severity.WARNING), key=lambda one: RANK.get(one.rule, len(RANK)))
 
-    def is_open(self, rule: str) -> bool:
-        """Whether an incident of the rule is open."""
-        return any(alert.rule == rule and alert.state == "open" for alert in self._incidents.alerts)
+    def is_open(self, rule: str, layers: Collection[str]) -> bool:
+        """Whether an incident of the rule is open that concerns some of these layers."""
+        return any(a.rule == rule and a.state == "open" and touches(a.layers, layers) for a in self._incidents.alerts)
+
+    def patience(self, rule: str) -> int:
+        """Records for which a rule may be silent before what it found is over: as for its incidents."""
+        return 2 * max((persistence_of(one) for one in self._rules if name_of(one) == rule), default=1)
 
     def story(self, still: bool = False) -> str:
         """What was found so far, in a sentence; "" for nothing.

@@ -36,7 +36,7 @@ class Keeping:
     ) -> None:
         self._every, self._state, self._safely = every, state, safely
         self._good = GoodStates(models, also)
-        self._failed = False
+        self._due = self._failed = False
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -47,10 +47,19 @@ class Keeping:
         """See whether the state between the record that has closed and the next update is to be kept.
 
         It is after the first record, for then the optimizer is known, and after every n-th. Not while an ERROR is open, and not after an
-        update that was left out or whose loss is not finite.
+        update that was left out or whose loss is not finite. Where several optimizers step in turns it waits for the last of them.
         """
-        if recorder is None or self._failed or not (history.recorded == 1 or history.recorded % self._every == 0):
+        if recorder is None or self._failed:
             return
+        self._due |= history.recorded == 1 or history.recorded % self._every == 0
+        if self._due and not recorder.owners.living():  # weights that are moved by hand
+            self.stepped(history, alerts, recorder, -1)
+
+    def stepped(self, history: History, alerts: Sequence[Alert], recorder: Recorder, key: int) -> None:
+        """The step of an optimizer has returned."""
+        if not self._due or self._failed or not len(history) or not recorder.steps_last(key):
+            return
+        self._due = False
         loss = history.recent("loss", 1)[0]
         lost = history.recent("loss_terms", 1)[0] > 0 and not np.isfinite(loss)
         if lost or history.recent("skipped", 1)[0] or _errors(alerts):
@@ -64,7 +73,7 @@ class Keeping:
                 self._failed = True
 
         # Schedulers and scalers move on after the step, and random numbers are drawn in the forward pass.
-        if not recorder.inside.hooks.before_next_forward(keep):
+        if not recorder.inside.hooks.before_next_forward("good state", keep):
             keep()
 
     def _keep(self, recorder: Recorder) -> None:

@@ -113,7 +113,7 @@ def scaler(given: object) -> Any:
 
 def clip(given: object, keyword: str = "clip") -> Any:
     """A positive float, a clipper (any callable of parameters), or None."""
-    if given is None or (callable(given) and not isinstance(given, type)):
+    if given is None or (callable(given) and not isinstance(given, (type, nn.Module))):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         what = f"the class {given.__name__}" if isinstance(given, type) else f"{_short(given)} ({type(given).__name__})"

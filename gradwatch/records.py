@@ -42,6 +42,8 @@ class GradState(enum.IntFlag):
     """Its value moved in this record (set only where it was looked at: on full-statistics updates and in loops without optimizer)."""
     CLIPPED = 32
     """Its gradient was scaled down between the read and the step, by the watch or by the user."""
+    ASIDE = 64
+    """The record's gradient was a spike that was clipped for it (`on_rule`): nothing is learnt from it."""
 
 
 class SkipReason(enum.IntEnum):
@@ -259,10 +261,12 @@ class Acted:
     Attributes:
         coef: the factor applied to them, the smallest where they got several; None: not known.
         skip: why the step is left out; `NONE`: it is not.
+        aside: they were an outlier, of which nothing is to be learnt.
     """
 
     coef: float | None = 1.0
     skip: SkipReason = SkipReason.NONE
+    aside: bool = False
 
 
 class NonFiniteGradientError(RuntimeError):

@@ -75,7 +75,8 @@ class GradWatch:
             "skip" leaves the step out: weights, moments and counters stay as they are, buffers go back (`restore_buffers`).
         on_rule: what is done when a rule finds something, by the rule's name: "skip" leaves out the step of each update in which it does,
             "raise" raises `RuleError` before it; a float (`max_norm`) or a clipper clips from the update in which it does until its
-            incident is over, and both ends are told. Such rules are asked before each step, too.
+            incident is over, and both ends are told. Such rules are asked before each step, too. (Of its first ten updates a run has
+            nothing to compare a spike with.)
         max_skips: steps of one optimizer in a row that are left out before it raises, with the whole story.
         keep_good: updates between two states of the training that are kept in host memory for `rollback()`: models, optimizers, GradScalers,
             random numbers, and the watch itself. The last two are kept, the first after the first update; none while an ERROR is open.
@@ -383,6 +384,7 @@ class GradWatch:
         """History, incidents, clippers and what the watch has counted, as tensors and plain containers: for `torch.save` beside the
         model's state. Training that goes on from there is watched, judged and clipped as if it had not been interrupted.
         """
+        self._guard(lambda recorder: recorder.settle())
         history = self.history
         recorder = self._recorder
         return {
@@ -466,7 +468,11 @@ class GradWatch:
 
     def on_post_step(self, optimizer: Optimizer) -> None:
         if self._heeds(optimizer) and self.lives_here():
-            self._guard(lambda recorder: recorder.post_step(optimizer))
+            self._guard(lambda recorder: self._stepped(recorder, recorder.post_step(optimizer)))
+
+    def _stepped(self, recorder: Recorder, key: int | None) -> None:
+        if self._keeping is not None and self._history is not None and key is not None:
+            self._keeping.stepped(self._history, self._incidents.alerts, recorder, key)
 
     def on_fork(self) -> None:
         self._attached, self._failed = False, True

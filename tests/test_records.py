@@ -174,6 +174,7 @@ def test_flags_and_reasons_keep_their_numbers_and_fit_their_column() -> None:
         "STEPPED": 8,
         "CHANGED": 16,
         "CLIPPED": 32,
+        "ASIDE": 64,
     }
     assert {reason.name: reason.value for reason in SkipReason} == {
         "NONE": 0,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.capture import private
 from gradwatch.capture.buffers import Buffers
 from gradwatch.capture.draft import Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
@@ -46,7 +47,7 @@ class Act(Protocol):
         needs_norms: it decides by numbers on the host; else a clipper that reads gradients on their device is all that is asked.
         restores_buffers: whether an update that is left out takes back what it did to buffers (`Buffers`): True, False, or None where
             that is cheap.
-        skips: it may leave a step out.
+        skips: it may leave a step out, or raise before it.
         foresees: it asks rules about the update before the step.
     """
 
@@ -109,13 +110,20 @@ class Acting:
         models: the watched models.
         table: their parameters.
         gradients: what is read of their gradients.
-
-    Attributes:
-        needs_norms: see `Act`.
+        later: has something done right before the next forward pass, and says whether that can be seen to begin.
     """
 
-    def __init__(self, act: Act, models: Mapping[str, nn.Module], table: ParameterTable, gradients: Gradients) -> None:
+    def __init__(
+        self,
+        act: Act,
+        models: Mapping[str, nn.Module],
+        table: ParameterTable,
+        gradients: Gradients,
+        later: Callable[[str, Callable[[], None]], bool],
+    ) -> None:
         self._act, self._models, self._table, self._gradients = act, models, table, gradients
+        self._later = later
+        self._read: dict[int, tuple[int, int]] = {}
         self._buffers: Buffers | None = None
         self._named: tuple[Any, Sequence[int], _Names] = (None, (), _NOBODY)
 
@@ -132,6 +140,13 @@ class Acting:
 
     def after_backward(self, draft: Draft) -> None:
         """The gradients of the record at hand have been read."""
+        if self._act.needs_norms and not draft.remote:
+            params = self._table.params
+            self._read = {
+                slot: (id(g), private.version(g))
+                for slot in np.flatnonzero(draft.state).tolist()
+                if (g := params[slot].grad) is not None
+            }
         if self._buffers is not None and draft.by_scaler and draft.nonfinite.any():
             self._buffers.restore()  # the scaler will leave the step out, and nobody hears of it before the next backward
 
@@ -165,6 +180,7 @@ class Acting:
             Deliberate: carries what the actor raised.
         """
         names = self._names(there, heads)
+        again = not draft.remote and (probes.touched or self._is_changed(there))
         due = Due(
             optimizer=optimizer,
             step=step,
@@ -172,9 +188,7 @@ class Acting:
             names=names.parameters,
             layers=names.layers,
             heads=names.heads,
-            norms=_read_again(there, self._table, reader)
-            if probes.touched
-            else self._gradients.norm[list(there)] * probes.expected,
+            norms=_read_again(there, self._table, reader) if again else self._gradients.norm[names.slots] * probes.expected,
             # The loss scale is still on the gradients of a fused optimizer; for all others it is divided out by now.
             factor=draft.scale * probes.expected,
             found_inf=getattr(optimizer, "found_inf", None) is not None,
@@ -198,9 +212,16 @@ class Acting:
         if key in draft.left_out:
             self._act.stepped(optimizer)
             return True
-        if self._buffers is not None and not found_inf and not draft.nonfinite.any():
-            self._buffers.keep()
+        buffers = self._buffers
+        # Right before the next forward pass, for between the two they may be loaded, reset or moved on.
+        if buffers is not None and not found_inf and not draft.nonfinite.any() and not self._later("buffers", buffers.keep):
+            buffers.keep()
         return found_inf
+
+    def _is_changed(self, slots: Sequence[int]) -> bool:
+        """Whether a gradient is another one than was read, or was changed in place: a hint, for unscaling does not move the version."""
+        params, read = self._table.params, self._read
+        return any((g := params[slot].grad) is not None and read.get(slot, (0, 0)) != (id(g), private.version(g)) for slot in slots)
 
     def _act_on_host(self, due: Due, draft: Draft, there: Sequence[int], probes: Probes) -> SkipReason:
         try:
@@ -216,6 +237,7 @@ class Acting:
             coef = float(seen.min()) if seen.size else float("nan") if draft.norm_on_device else 1.0
         if coef != coef or abs(coef - 1.0) > UNCHANGED:
             draft.clipped(there, coef * (draft.clip_coef if probes.touched else 1.0))
+        draft.aside |= acted.aside
         return acted.skip
 
     def _act_on_device(self, due: Due, draft: Draft, there: Sequence[int], reader: NormReader) -> None:

@@ -58,6 +58,8 @@ class Buffers:
     def _is_kept(self, tensor: Tensor | None) -> bool:
         if tensor is None or tensor.device.type == "meta" or tensor.layout is not torch.strided or tensor.is_inference():
             return False
+        if 0 in tensor.stride() and tensor.numel() > 1:  # expanded: nothing can be written to it, neither by us nor in training
+            return False
         return self._most is None or tensor.numel() <= self._most
 
     def restore(self) -> None:

@@ -58,6 +58,7 @@ class Draft:
         taken: what hooks on modules left behind; None: it was not looked at.
         layers: the statistics made of it; None: not yet.
         clipped_on_device: slots that were given to a clipper on their device.
+        aside: its norms are an outlier that was dealt with, which is not learnt.
         left_out: keys of the optimizers whose step the watch leaves out, and why.
     """
 
@@ -85,6 +86,7 @@ class Draft:
     taken: Taken | None = None
     layers: Mapping[str, NDArray[np.float64] | float] | None = None
     clipped_on_device: list[int] = field(default_factory=list)
+    aside: bool = False
     left_out: dict[int, SkipReason] = field(default_factory=dict)
 
     @classmethod
@@ -211,7 +213,8 @@ class Closed:
 
 def _write_columns(row: NDArray[Any], draft: Draft, norm: NDArray[np.float64], to: Any, of: Any) -> None:
     row["grad_norm"][to] = norm[of]
-    row["grad_state"][to] = draft.state[of]
+    state = draft.state[of]
+    row["grad_state"][to] = state | np.uint8(GradState.ASIDE) * (state > 0) if draft.aside else state
     row["lr"][to] = draft.lr[of]
     if draft.full:
         row["weight_norm"][to] = draft.weight_norm[of]

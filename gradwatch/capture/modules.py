@@ -137,7 +137,7 @@ class Cell(Ours):
         if torch.compiler.is_dynamo_compiling():
             return
         hooks = self._hooks
-        if hooks is not None and hooks.once is not None and hooks.here() and not private.in_backward():
+        if hooks is not None and hooks.once and hooks.here() and not private.in_backward():
             hooks.guarded(hooks.do_once)
         if hooks is None or not hooks.listening or not hooks.here():
             return
@@ -208,7 +208,7 @@ class ModuleHooks:
         entered: the cell of the model that is running.
         thread: in which it runs.
         spent: seconds spent in hooks.
-        once: done before the next forward pass of a watched model.
+        once: what is done before the next forward pass of a watched model.
         was_entered: a watched model has run as a whole.
     """
 
@@ -222,7 +222,7 @@ class ModuleHooks:
         self.entered: Cell | None = None
         self.thread = 0
         self.spent = 0.0
-        self.once: Callable[[], None] | None = None
+        self.once: dict[str, Callable[[], None]] = {}
         self.was_entered = False
         self._enters: list[tuple[dict[int, Any], int, Any]] = []
         self._places: list[tuple[dict[int, Any], int, Any]] = []
@@ -326,28 +326,31 @@ class ModuleHooks:
                 place[number] = hook
             else:
                 place.pop(number, None)
-        if self.once is not None:
-            for place, number, hook in self._enters:
-                place[number] = hook
+        if self.once:
+            self._await_forward()
 
-    def before_next_forward(self, do: Callable[[], None]) -> bool:
-        """Have something done right before the next forward pass of a watched model; whether that can be seen to begin.
-
-        Not where code is compiled, which would be compiled again for a hook, nor where the models have never run as a whole.
-        """
-        if self._failed or not self._enters or not self.was_entered or self._is_compiled():
-            return False
-        self.once = do
+    def _await_forward(self) -> None:
         for place, number, hook in self._enters:
             place[number] = hook
+
+    def before_next_forward(self, what: str, do: Callable[[], None]) -> bool:
+        """Have something done, once, right before the next forward pass of a watched model; whether that can be seen to begin.
+
+        Not where the models do not run as a whole, or only in compiled code.
+        """
+        if self._failed or not self._enters or not self.was_entered:
+            return False
+        self.once[what] = do
+        if not self._is_compiled():  # else they are in place, and compiled code may guard on them
+            self._await_forward()
         return True
 
     def do_once(self) -> None:
         """Do it, and have it done no more."""
-        do, self.once = self.once, None
+        once, self.once = self.once, {}
         if not self.listening and not self.compiled:
             self._in_place(False)
-        if do is not None:
+        for do in once.values():
             do()
 
     def remove(self) -> None:
@@ -366,7 +369,7 @@ class ModuleHooks:
         private.leave_alone({type(module) for module in self._touched}, on=False)
         private.guard_hooks(self, on=False)
         self._touched, self._places, self._enters = [], [], []
-        self.once = None
+        self.once = {}
         self.leave()
 
     def _is_mine(self, hook: Any) -> bool:
@@ -565,6 +568,9 @@ class ModuleHooks:
     def begin_backward(self, roots: Sequence[Any]) -> None:
         """The outermost backward of the watched training starts, of `roots`."""
         self.leave()
+        if self.once:  # there was a forward pass, and nobody saw it begin
+            self.once.clear()
+            self.was_entered = False
         self._in_backward = self.listening
         if self.listening and self._is_compiled():
             self._totals.begin()

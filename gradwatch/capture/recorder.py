@@ -76,12 +76,13 @@ class Recorder:
         self.clock = Clock(self.owners.owner_of)
         self._reader = NormReader(self.table.params)
         self.gradients = Gradients(self.table.params, self._reader)
-        self.acting = Acting(act, models, self.table, self.gradients) if act is not None else None
         self.weights = WeightSample(self.table.params)
         self._initial = InitialFacts()
         self.scale = LossScale(scaler)
         self._walks = Walks(self.table)
         self.inside = Inside(models, self.table, sampling, here, notice)
+        later = self.inside.hooks.before_next_forward
+        self.acting = Acting(act, models, self.table, self.gradients, later) if act is not None else None
         self._late = False
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
@@ -295,14 +296,14 @@ class Recorder:
         if stale:
             draft.flag(stale, GradState.STALE)
 
-    def post_step(self, optimizer: Optimizer) -> None:
-        """A step has returned."""
+    def post_step(self, optimizer: Optimizer) -> int | None:
+        """A step has returned; gives the optimizer's key, None where it owns nothing watched or another step is still running."""
         key, _ = self.owners.adopt(optimizer)
         if key is None:
             self.clock.foreign_post()
             self._foreign_steps += 1
             self._update_pending()
-            return
+            return None
         record, draft = self.clock.open, self._draft
         found = getattr(optimizer, "found_inf", None)
         found_inf = isinstance(found, Tensor) and bool(found.item())
@@ -328,6 +329,7 @@ class Recorder:
         outcome = self.clock.post(key, found_inf)
         if outcome is not None:
             self._finish(outcome)
+        return key if outermost else None
 
     def by_hand(self) -> None:
         """The user says that the update is over."""
@@ -363,6 +365,18 @@ class Recorder:
             self._finish(outcome)
         self.drain()
         self.gradients.fail()
+
+    def settle(self) -> None:
+        """Close a record all of whose steps have been made, though one that it reached belongs to an optimizer that did not step."""
+        record = self.clock.open
+        if record is not None and record.stepped and not self.under_way():
+            outcome = self.clock.by_hand()
+            if outcome is not None:
+                self._finish(outcome)
+
+    def steps_last(self, key: int) -> bool:
+        """Whether an optimizer is the last of those that step in turns: the one that was seen to step for the first time last."""
+        return key == self.owners.newest()
 
     def under_way(self) -> bool:
         """A backward pass or a step is running."""
@@ -443,7 +457,9 @@ class Recorder:
         self._versions.clear()
         self._told.clear()
         self.scale.forget()
-        self.inside.hooks.once = None
+        self.inside.hooks.once.clear()
+        if self.acting is not None:
+            self.acting.scan()
         self.inside.hooks.forget()
 
     # -- reading -------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ class Incidents:
         """
         send: list[Alert] = []
         found = self._run(history)
-        found += [(finding, 1) for finding in also if finding.rule not in {other.rule for other, _ in found}]
+        told = {finding.rule for finding, _ in found}
+        lasts = {name_of(rule): persistence_of(rule) for rule in self._rules}
+        found += [(finding, lasts.get(finding.rule, 1)) for finding in also if finding.rule not in told]
         # A cause opens its incident before its consequences look for one.
         for finding, persistence in sorted(found, key=lambda pair: RANK.get(pair[0].rule, len(RANK))):
             incident = self._cause_of(finding, history) or self._same(finding)
@@ -97,7 +99,7 @@ class Incidents:
                 continue
             try:
                 # Whatever a user's rule yields is looked at inside the `try`, for it is theirs.
-                scoped = [self._in_scope(finding, history) for finding in rule(history) or ()]
+                scoped = [self.in_scope(finding, history) for finding in rule(history) or ()]
             except Exception:
                 self._off.add(i)
                 self._notice(f"the rule {name_of(rule)} raised and is switched off:\n{traceback.format_exc()}")
@@ -105,7 +107,7 @@ class Incidents:
             found += [(finding, persistence_of(rule)) for finding in scoped if finding is not None]
         return found
 
-    def _in_scope(self, finding: Finding, history: History) -> Finding | None:
+    def in_scope(self, finding: Finding, history: History) -> Finding | None:
         """The finding with its modules named and what is out of scope removed; None if nothing of it is left."""
         if not isinstance(finding, Finding):
             raise TypeError(f"a rule yields Finding, got {type(finding).__name__}: {finding!r}")
@@ -134,6 +136,8 @@ class Incidents:
             if alert.state != "open" or alert.rule not in RANK:
                 continue
             if alert.severity == Severity.INFO < finding.severity:  # what does no harm causes none
+                continue
+            if alert.rule in POISON and alert.severity < Severity.ERROR and finding.rule not in POISON:  # it was left out
                 continue
             # A bad value travels from a gradient into the weights and on into the loss: whichever was bad first is the cause.
             poisoned = alert.rule in POISON and finding.rule in POISON

@@ -71,8 +71,12 @@ class Judge(Protocol):
         """What these rules find in the provisional record, those first that come first among causes."""
         ...
 
-    def is_open(self, rule: str) -> bool:
-        """Whether an incident of the rule is open."""
+    def is_open(self, rule: str, layers: Collection[str]) -> bool:
+        """Whether an incident of the rule is open that concerns some of these layers."""
+        ...
+
+    def patience(self, rule: str) -> int:
+        """Records for which a rule may be silent before what it found is over."""
         ...
 
     def story(self) -> str:
@@ -116,29 +120,35 @@ class Policy:
 
 
 @dataclass(slots=True)
-class _Of:
-    """What an actor keeps for one optimizer.
-
-    Attributes:
-        clippers: by the rule that they are bound to, "" for the one that always clips; those that learn have a history of their own.
-        skips: steps in a row that were left out.
-        since: the first of them.
-    """
-
-    clippers: dict[str, Clipper]
-    skips: int = 0
-    since: int = 0
-
-
-@dataclass(slots=True)
 class _Clipping:
     """A clipper that a rule has switched on.
 
     Attributes:
         since: the first step for which it was on.
+        last: the last in which the rule found something.
     """
 
     since: int
+    last: int
+
+
+@dataclass(slots=True)
+class _Of:
+    """What an actor keeps for one optimizer.
+
+    Attributes:
+        name: of the first parameter that it stepped, by which it is known in a checkpoint.
+        clippers: by the rule that they are bound to, "" for the one that always clips; those that learn have a history of their own.
+        clipping: those that a rule has switched on.
+        skips: steps in a row that were left out.
+        since: the first of them.
+    """
+
+    name: str
+    clippers: dict[str, Clipper]
+    clipping: dict[str, _Clipping] = field(default_factory=dict)
+    skips: int = 0
+    since: int = 0
 
 
 class Actor:
@@ -157,13 +167,12 @@ class Actor:
         self._findings: list[Finding] = []
         self._left_out = LeftOut()
         self._of: weakref.WeakKeyDictionary[Optimizer, _Of] = weakref.WeakKeyDictionary()
-        self._clipping: dict[str, _Clipping] = {}
         self._clips: dict[str, float | Clipper] = {"": policy.clip} if policy.clip is not None else {}
         self._clips |= {rule: reaction for rule, reaction in policy.on_rule.items() if not isinstance(reaction, str)}
         self._stops = {rule: reaction for rule, reaction in policy.on_rule.items() if isinstance(reaction, str)}
         # What learns from norms has to learn those of one optimizer. The user keeps the first, and may look at it.
         self._fresh = {rule: copy.deepcopy(clip) for rule, clip in self._clips.items() if isinstance(clip, NormClipper)}
-        self._loaded: list[dict[str, Any]] = []
+        self._loaded: dict[str, dict[str, Any]] = {}
 
     @property
     def asked(self) -> str:
@@ -179,8 +188,8 @@ class Actor:
 
     @property
     def skips(self) -> bool:
-        """It may leave a step out."""
-        return self.policy.on_nonfinite == "skip" or "skip" in self.policy.on_rule.values()
+        """It may leave a step out, or raise before it."""
+        return self.policy.on_nonfinite != "warn" or bool(self._stops)
 
     @property
     def foresees(self) -> bool:
@@ -218,7 +227,7 @@ class Actor:
             NonFiniteGradientError: a gradient is not finite, and to raise was asked for, or to skip and it has been too often.
             RuleError: a rule found something and to raise was asked for, or to skip and it has been too often.
         """
-        mine = self._for(due.optimizer)
+        mine = self._for(due)
         finite = bool(np.isfinite(due.norms).all())
         if not finite and not due.found_inf:
             if self.policy.on_nonfinite == "raise":
@@ -236,11 +245,12 @@ class Actor:
                 self._findings.append(replace(finding, message=f"{finding.message}; the update was left out"))
                 return self._leave_out(due, mine, SkipReason.RULE)
         mine.skips = 0
-        return Acted(self._clip(due, mine, finite, found))
+        spike = "gradient_spike" in found and "gradient_spike" in mine.clippers
+        return Acted(self._clip(due, mine, finite, found), aside=spike)
 
     def on_device(self, due: Due) -> Tensor | None:
         """Clip gradients on their device, waiting for nothing."""
-        clipper = self._for(due.optimizer).clippers.get("")
+        clipper = self._for(due).clippers.get("")
         if not isinstance(clipper, NormClipper):
             return None
         if due.factor != 1.0:
@@ -257,13 +267,13 @@ class Actor:
         """The step that was left out has returned."""
         self._left_out.end(optimizer)
 
-    def _for(self, optimizer: Optimizer) -> _Of:
-        mine = self._of.get(optimizer)
+    def _for(self, due: Due) -> _Of:
+        mine = self._of.get(due.optimizer)
         if mine is None:
             clippers = {rule: self._new(rule, clip) for rule, clip in self._clips.items()}
-            mine = self._of[optimizer] = _Of(clippers)
-            if len(self._loaded) >= len(self._of):
-                _load(mine, self._loaded[len(self._of) - 1])
+            mine = self._of[due.optimizer] = _Of(due.names[0] if due.names else "", clippers)
+            if mine.name in self._loaded:
+                _load(mine, self._loaded[mine.name])
         return mine
 
     def _new(self, rule: str, clip: float | Clipper) -> Clipper:
@@ -281,14 +291,15 @@ class Actor:
         due.write_provisional()
         found: dict[str, Finding] = {}
         for finding in self._judge.foresee(self.policy.on_rule.keys()):
-            found.setdefault(finding.rule, finding)
+            if touches(finding.layers, due.layers):  # what is wrong with another model is none of this optimizer's business
+                found.setdefault(finding.rule, finding)
         return found
 
     # -- clipping ------------------------------------------------------------------------------------------------------------------
 
     def _clip(self, due: Due, mine: _Of, finite: bool, found: Mapping[str, Finding]) -> float | None:
         """Clip; returns the smallest factor applied, None where it is not known."""
-        on = [clipper for rule, clipper in mine.clippers.items() if not rule or self._is_on(rule, due, rule in found)]
+        on = [clipper for rule, clipper in mine.clippers.items() if not rule or self._is_on(rule, due, mine, found.get(rule))]
         product: float | None = 1.0
         norms = due.norms / due.factor if due.factor != 1.0 else due.norms
         for i, clipper in enumerate(on):
@@ -310,18 +321,24 @@ class Actor:
             return None
         return 1.0
 
-    def _is_on(self, rule: str, due: Due, found: bool) -> bool:
-        """Whether a rule has its clipper on: from the update in which it finds something until its incident is over."""
-        clipping = self._clipping.get(rule)
-        on = found or self._judge.is_open(rule)
-        if on and clipping is None:
-            clipping = self._clipping[rule] = _Clipping(due.step)
-            self._judge.tell(f"clips from step {due.step} on, for {_words(rule)}: {_shown(self._clips[rule])}")
-        elif not on and clipping is not None:
-            del self._clipping[rule]
-            updates = due.step - clipping.since
-            self._judge.tell(f"clips no more from step {due.step} on, after {updates} updates: {_words(rule)} is over")
-        return on
+    def _is_on(self, rule: str, due: Due, mine: _Of, found: Finding | None) -> bool:
+        """Whether a rule has its clipper on: from the update in which it finds something until that is over."""
+        clipping = mine.clipping.get(rule)
+        opened = self._judge.is_open(rule, due.layers)
+        if found is not None and not opened:
+            self._findings.append(found)  # rules are asked by turns after an update, and each time before its step
+        if found is not None or opened:
+            if clipping is None:
+                clipping = mine.clipping[rule] = _Clipping(due.step, due.step)
+                self._judge.tell(f"clips from step {due.step} on, for {_words(rule)}: {_shown(self._clips[rule])}")
+            clipping.last = due.step if found is not None else clipping.last
+        elif clipping is not None and due.step - clipping.last > self._judge.patience(rule):
+            del mine.clipping[rule]
+            count = due.step - clipping.since
+            updates = "1 update" if count == 1 else f"{count} updates"
+            self._judge.tell(f"clips no more from step {due.step} on, after {updates}: {_words(rule)} is over")
+            return False
+        return clipping is not None
 
     # -- errors --------------------------------------------------------------------------------------------------------------------
 
@@ -340,8 +357,8 @@ class Actor:
         else:
             text += (
                 f"So were those of the {mine.skips} updates before it, from step {mine.since} on, which were left out, and "
-                f"max_skips={self.policy.max_skips} allows no more: no batch mends this. {self._judge.story()}The weights are those of before "
-                f"step {mine.since}."
+                f"max_skips={self.policy.max_skips} allows no more: no batch mends this, so look for NaN in weights and buffers. "
+                f"{self._judge.story()}The weights are those of before step {mine.since}."
             )
         return NonFiniteGradientError(
             text.rstrip(),
@@ -363,29 +380,34 @@ class Actor:
     # -- a run that goes on later --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learnt and counted, of each optimizer in the order in which they stepped first."""
-        return {
-            "optimizers": [
-                {
-                    "clippers": {rule: one.state_dict() for rule, one in mine.clippers.items() if hasattr(one, "state_dict")},
-                    "skips": (mine.skips, mine.since),
-                }
-                for mine in self._of.values()
-            ]
-            or self._loaded,
-            "clipping": {rule: each.since for rule, each in self._clipping.items()},
+        """What it has learnt and counted, of each optimizer by the name of a parameter that it steps."""
+        return self._loaded | {
+            mine.name: {
+                "clippers": {rule: one.state_dict() for rule, one in mine.clippers.items() if hasattr(one, "state_dict")},
+                "clipping": {rule: (each.since, each.last) for rule, each in mine.clipping.items()},
+                "skips": (mine.skips, mine.since),
+            }
+            for mine in self._of.values()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._loaded = list(state["optimizers"])
-        self._clipping = {rule: _Clipping(since) for rule, since in state["clipping"].items()}
-        for mine, loaded in zip(self._of.values(), self._loaded, strict=False):
-            _load(mine, loaded)
+        self._loaded = dict(state)
+        for mine in self._of.values():
+            if mine.name in self._loaded:
+                _load(mine, self._loaded[mine.name])
+
+
+def touches(some: Collection[str], layers: Collection[str]) -> bool:
+    """Whether a finding about some layers, or about none in particular, is about some of these."""
+    if not some or "" in some:
+        return True
+    return any(layer == one or layer.startswith(f"{one}.") for one in some for layer in set(layers))
 
 
 def _load(mine: _Of, state: Mapping[str, Any]) -> None:
     mine.skips, mine.since = state["skips"]
+    mine.clipping = {rule: _Clipping(*numbers) for rule, numbers in state["clipping"].items()}
     for rule, of_clipper in state["clippers"].items():
         clipper: Any = mine.clippers.get(rule)
         if hasattr(clipper, "load_state_dict"):

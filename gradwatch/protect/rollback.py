@@ -160,7 +160,7 @@ class GoodStates:
         for key in self._models.keys() - models.keys():
             raise RuntimeError(
                 f"the model{f' {key!r}' if key else ''} whose states were to be kept no longer exists; hold on to it while it is trained, "
-                "or make a new GoodStates for the new model"
+                "or make a new GradWatch for the new model"
             )
         return models
 

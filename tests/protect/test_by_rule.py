@@ -233,8 +233,9 @@ def test_a_rule_that_raises_is_asked_no_more_and_the_training_goes_on() -> None:
     with watched(model, on_rule={"broken": "skip"}, rules=[broken]) as watch:
         train(model, SGD(model.parameters(), lr=0.01), updates=5)
     assert watch.history.recorded == 5
-    assert len(watch.notices) == 2
+    assert len(watch.notices) == 3
     assert "raised before a step and is not asked there any more" in watch.notices[0]
+    assert "nothing is done for broken any more" in watch.notices[1]
 
 
 @pytest.mark.parametrize(

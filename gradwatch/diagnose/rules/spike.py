@@ -11,7 +11,7 @@ from gradwatch.baselines import KEPT, WINDOW, ZERO
 from gradwatch.diagnose.naming import layers_of
 from gradwatch.diagnose.rules.rule import persistent
 from gradwatch.history import History
-from gradwatch.records import Finding, Severity, SkipReason
+from gradwatch.records import Finding, GradState, Severity, SkipReason
 
 RATIO = 10.0
 """Over the largest of the nine records before it, and over what is usual. Healthy runs reach 6 (a batch of hard examples; heavy-tailed
@@ -131,13 +131,14 @@ def _was_zero(history: History) -> bool:
 
 
 def _largest(history: History, columns: NDArray[np.int64]) -> float:
-    """The largest norm over these parameters in a kept record that reached most of them, and was not left out for a spike."""
+    """The largest norm over these parameters in a kept record that reached most of them, and was not dealt with as a spike."""
     back = history.recent("grad_norm", KEPT)[:-1, columns].astype(float)
     start = max(0, START - int(history.steps[-1] - len(back)))
     back = back[start:]
     seen = np.isfinite(back)
-    left_out = history.recent("skip_reason", KEPT)[:-1][start:] == SkipReason.RULE
-    enough = (seen.mean(axis=1) > 0.5) & ~left_out
+    dealt_with = history.recent("skip_reason", KEPT)[:-1][start:] == SkipReason.RULE
+    dealt_with |= ((history.recent("grad_state", KEPT)[:-1][start:] & np.uint8(GradState.ASIDE)) > 0).any(axis=1)
+    enough = (seen.mean(axis=1) > 0.5) & ~dealt_with
     norms = np.sqrt(np.square(np.where(seen, back, 0.0)).sum(axis=1))[enough]
     return float(norms.max(initial=0.0))
 
