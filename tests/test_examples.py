@@ -20,12 +20,21 @@ PROMISES: dict[str, tuple[str, ...]] = {
     ),
     "clip.py": (r"clip=None: loss 12\.\d+ -> nan", r"clip=1\.0: loss 12\.\d+ -> [12]\.\d+, .* 1\d\d of 150 updates clipped"),
     "own_rule.py": (r"sink: clipped_nearly_always since update 0: 100% of the last 20 updates were clipped \(open\)",),
+    "training_that_would_have_died.py": (
+        r"100 updates, 9 of them on broken batches",
+        r"sound batches +│ 2\.\d+ +│ 0 +│ 0 +│",
+        r"broken ones too +│ nan +│ 0 +│ \d +│",
+        r"protected +│ 2\.\d+ +│ 3 +│ 6 +│",
+    ),
 }
 """What each prints on its standard output, as patterns."""
 
+ARGUMENTS = {"training_that_would_have_died.py": ("100",)}
+"""Of those that take longer than a test may."""
+
 
 def run(example: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / example)]
+    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *ARGUMENTS.get(example, ())]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
