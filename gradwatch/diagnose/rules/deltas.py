@@ -87,12 +87,6 @@ class Modules:
             return np.append(0.0, self.distance[:-1] - self.distance[1:])
 
 
-CANCELLED = 2.5
-"""Decades below its weight's from which a bias's gradient says nothing where a normalisation follows, which takes the bias out again: what
-is left of it comes from the normalisation's eps. A generator's last bias before a critic that begins Linear, BatchNorm has 4.7 in health
-(measured); biases that count are within 1 to 2."""
-
-
 @dataclass(frozen=True)
 class Deltas:
     """The last T observations of the modules that were observed in all of them, M of them.
@@ -132,7 +126,7 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     np.copyto(logs, -np.inf, where=np.isnan(logs))
     weight, bias = group.weights.largest(logs), group.biases.largest(logs)
     gain = np.fmax.reduceat(b.weight_norm[modules.columns] * group.gain, modules.start)
-    own = bias >= weight - np.where(modules.normalised_behind, min(null_bias, CANCELLED), null_bias)
+    own = bias >= weight - null_bias
     delta = np.where(own, bias, weight)
     bias = np.where(bias > -44.0, bias, weight)
     told = np.asarray(own.all(axis=0))

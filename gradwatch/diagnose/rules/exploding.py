@@ -68,8 +68,10 @@ decades in 60 updates, its loss by less than 1 (measured)."""
 UNKNOWN_LOSS = 4.0
 """Decades of the norm alone where the loss is not known."""
 
-NULL_BIAS = 5.5
-"""Decades below its weight's from which a bias's gradient is rounding (before a normalisation: 6 to 9, measured) and not the delta."""
+NULL_BIAS = 4.0
+"""Decades below its weight's from which a bias's gradient is what a normalisation behind it leaves of it (6 to 9; a generator's last bias
+before a critic that begins Linear, BatchNorm 4.7; measured) and not the delta. Where activations explode a bias is that far below, too:
+there it is looked at by itself."""
 
 MANY = 4000
 """Parameters from which growth is looked at closely by turns only: at update 11, 12, 15, ... A look at 20,000 takes 4 ms (measured).
