@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,11 +66,11 @@ class Keeping:
         if lost or history.recent("skipped", 1)[0] or _errors(alerts):
             return
 
+        ref = weakref.ref(recorder)  # which holds the hooks that hold what follows
+
         def keep() -> None:
-            optimizers, scalers = recorder.owners.living(), recorder.scale.heard
-            if not self._safely(
-                lambda: self._good.keep(recorder.recorded(), optimizers, scalers, self._state()), "keeping a good state"
-            ):
+            recorder = ref()
+            if recorder is not None and not self._safely(lambda: self._keep(recorder), "keeping a good state"):
                 self._failed = True
 
         # Schedulers and scalers move on after the step, and random numbers are drawn in the forward pass.
@@ -77,7 +78,8 @@ class Keeping:
             keep()
 
     def _keep(self, recorder: Recorder) -> None:
-        self._good.keep(recorder.recorded(), recorder.owners.living(), recorder.scale.heard, self._state())
+        state = self._state()  # which closes a record that was waiting for an optimizer that does not step
+        self._good.keep(recorder.recorded(), recorder.owners.living(), recorder.scale.heard, state)
 
     def go_back(self, alerts: Sequence[Alert]) -> Kept:
         """Put back the newest state from before the first open ERROR.

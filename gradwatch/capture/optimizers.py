@@ -120,10 +120,6 @@ class Owners:
                 found = True
         return found
 
-    def newest(self) -> int:
-        """The key of the optimizer that came last of those that own something and live; -1: none."""
-        return max((key for key, known in enumerate(self._known) if known.slots and known.ref() is not None), default=-1)
-
     def living(self) -> list[Optimizer]:
         """The optimizers that own something watched."""
         found = (known.ref() for known in self._known if known.slots)

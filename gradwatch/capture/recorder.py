@@ -95,6 +95,7 @@ class Recorder:
         self._dirty = False
         self._frozen_seen: list[list[bool]] = []
         self._steps_without: set[int] = set()
+        self._in_turn: dict[int, None] = {}
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
         self.unfinished = 0
@@ -310,6 +311,7 @@ class Recorder:
         if self.acting is not None and draft is not None:
             found_inf = self.acting.after_step(draft, key, optimizer, found_inf)
         outermost = self.clock.steps_running() <= 1
+        self._in_turn.setdefault(key)
         mine = self.owners.slots(key)
         if outermost:
             if draft is not None and key not in draft.noted:
@@ -376,7 +378,8 @@ class Recorder:
 
     def steps_last(self, key: int) -> bool:
         """Whether an optimizer is the last of those that step in turns: the one that was seen to step for the first time last."""
-        return key == self.owners.newest()
+        living = [other for other in self._in_turn if self.owners.optimizer(other) is not None]
+        return not living or key == living[-1]
 
     def under_way(self) -> bool:
         """A backward pass or a step is running."""

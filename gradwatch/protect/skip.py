@@ -44,9 +44,8 @@ class LeftOut:
         # What torch counts, it counts for each parameter that has a gradient; others count once a step, here or there.
         places: list[dict[Any, Any]] = [*optimizer.param_groups, optimizer.state, vars(optimizer)]
         places += [state for p in params if isinstance(state := optimizer.state.get(p), dict)]
-        self._before[optimizer] = _Before(
-            [(p, p.grad) for p in params if p.grad is not None], [_counters(place) for place in places]
-        )
+        gradients = [(p, p.grad) for p in params if p.grad is not None]
+        self._before[optimizer] = _Before(gradients, [_states(optimizer), *map(_counters, places)])
         for p in params:
             p.grad = None
 
@@ -59,6 +58,17 @@ class LeftOut:
             restore()
         for p, gradient in before.gradients:
             p.grad = gradient
+
+
+def _states(optimizer: Optimizer) -> Callable[[], None]:
+    """Remembers which parameters have a state; what it returns takes out those that have got one."""
+    known = set(optimizer.state)
+
+    def restore() -> None:
+        for p in [p for p in optimizer.state if p not in known]:
+            del optimizer.state[p]
+
+    return restore
 
 
 def _counters(place: dict[Any, Any]) -> Callable[[], None]:

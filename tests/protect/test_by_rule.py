@@ -220,6 +220,55 @@ def test_a_growth_across_depth_is_clipped_from_the_update_that_shows_it() -> Non
     assert alert.state == "open"
 
 
+def test_each_spike_is_clipped_though_one_has_been_before() -> None:
+    """One that was clipped is no news afterwards only if it is learnt from."""
+    model = network()
+    with watched(model, on_rule={"gradient_spike": 1.0}) as watch:
+        used = train(model, SGD(model.parameters(), lr=0.05), updates=90, spikes={40: 1e4, 60: 1e4, 80: 1e4})
+    for i in (40, 60, 80):
+        assert used[i] == pytest.approx(1.0, rel=1e-3)
+    assert [alert.step for alert in watch.alerts if alert.rule == "gradient_spike"] == [40, 60, 80]
+    assert used[85] < 5
+
+
+def test_a_spike_is_told_and_left_out_though_a_nan_was_left_out_right_before() -> None:
+    model = network()
+    spikes = {40: math.nan, 42: 1e4, 50: 1e4}
+    with watched(model, on_nonfinite="skip", on_rule={"gradient_spike": "skip"}) as watch:
+        train(model, SGD(model.parameters(), lr=0.05), spikes=spikes)
+    assert np.flatnonzero(watch.history.stat("skipped")).tolist() == [40, 42, 50]
+    assert [a.step for a in watch.alerts if a.rule == "gradient_spike"] == [42, 50]
+
+
+def test_what_is_out_of_scope_is_not_acted_on() -> None:
+    from gradwatch import Sampling
+
+    def spike(history: History) -> Iterator[Finding]:
+        yield Finding("spike", Severity.WARNING, history.recorded - 1, layers=("0",), message="always")
+
+    model, bare = network(), network()
+    with watched(model, on_rule={"spike": "skip"}, rules=[spike], sampling=Sampling(exclude=("0",))) as watch:
+        train(model, SGD(model.parameters(), lr=0.05), updates=5)
+    train(bare, SGD(bare.parameters(), lr=0.05), updates=5)
+    assert same(model.state_dict(), bare.state_dict())
+    assert watch.alerts == ()
+
+
+def test_what_one_model_suffers_from_clips_no_other() -> None:
+    models = {"a": network(), "b": network()}
+    optimizers = {key: SGD(model.parameters(), lr=0.01) for key, model in models.items()}
+    source = torch.Generator().manual_seed(1)
+    with watched(models, on_rule={"gradient_spike": 1e-3}) as watch:  # type: ignore[arg-type]
+        for i in range(80):
+            key = "ab"[i % 2]
+            x = torch.randn(32, 8, generator=source)
+            optimizers[key].zero_grad()
+            (models[key](x).square().mean() * (1e5 if i == 60 else 1.0)).backward()
+            optimizers[key].step()
+    assert np.flatnonzero(watch.history.stat("clip_coef") < 1)[0] == 60
+    assert (watch.history.stat("clip_coef")[1::2] == 1).all()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------------------
 
 

@@ -230,6 +230,81 @@ def test_what_had_ended_before_is_not_told_again() -> None:
     assert len(told) == 3, "when it began, when it ended, and in the verdict"
 
 
+def gan() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "g": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),
+        "d": nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)),
+    }
+
+
+def iteration(models: dict[str, nn.Module], steps: dict[str, Optimizer], i: int) -> None:
+    """One of a GAN: the step of the discriminator, then that of the generator, whose gradient goes through both."""
+    source = torch.Generator().manual_seed(i)
+    fake = models["g"](torch.randn(16, 4, generator=source))
+    steps["d"].zero_grad()
+    (models["d"](torch.randn(16, 2, generator=source)).mean() - models["d"](fake.detach()).mean()).square().backward()
+    steps["d"].step()
+    steps["g"].zero_grad()
+    models["d"](fake).square().mean().backward()
+    steps["g"].step()
+
+
+def test_of_optimizers_that_step_in_turns_it_goes_back_to_where_the_first_is_next() -> None:
+    models = gan()
+    steps = {key: AdamW(model.parameters(), lr=1e-2) for key, model in models.items()}
+    with watched(models, keep_good=10) as watch:  # type: ignore[arg-type]
+        states = {}
+        for i in range(23):
+            states[2 * i] = frozen([*(m.state_dict() for m in models.values()), *(o.state_dict() for o in steps.values())])
+            iteration(models, steps, i)
+        back = watch.rollback()
+        assert back % 2 == 0
+        assert back >= 30
+        assert same([*(m.state_dict() for m in models.values()), *(o.state_dict() for o in steps.values())], states[back])
+        for i in range(back // 2, 25):
+            iteration(models, steps, i)
+    assert watch.history.recorded == 50
+
+
+def test_a_checkpoint_of_a_gan_holds_the_last_record() -> None:
+    def fresh() -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
+        models = gan()
+        return models, {key: AdamW(model.parameters(), lr=1e-2) for key, model in models.items()}
+
+    models, steps = fresh()
+    with watched(models) as whole:  # type: ignore[arg-type]
+        for i in range(60):
+            iteration(models, steps, i)
+            if i == 39:
+                state = frozen(whole.state_dict())
+                kept = frozen([*(m.state_dict() for m in models.values()), *(o.state_dict() for o in steps.values())])
+    other, others = fresh()
+    for one, value in zip((*other.values(), *others.values()), kept, strict=True):
+        one.load_state_dict(value)
+    again = watched(other)  # type: ignore[arg-type]
+    again.load_state_dict(state)
+    assert again.history.recorded == 80
+    with again:
+        for i in range(40, 60):
+            iteration(other, others, i)
+    for name in STATISTICS:
+        if name != "time":
+            np.testing.assert_array_equal(whole.history.stat(name), again.history.stat(name), err_msg=name)
+
+
+def test_buffers_that_were_given_up_do_not_come_back_with_a_step_that_is_left_out() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with watched(model, keep_good=10, on_nonfinite="skip") as watch:
+        for i in range(27):
+            update(model, optimizer, i)
+        assert watch.rollback() == 20
+        kept = frozen(model.state_dict())
+        update(model, optimizer, 20, factor=math.nan)
+        assert same(model.state_dict(), kept)
+
+
 # -- going on from a checkpoint ----------------------------------------------------------------------------------------------------
 
 

@@ -362,3 +362,110 @@ def test_an_evaluation_between_updates_is_no_part_of_what_is_taken_back() -> Non
         model.train()
         train(model, optimizer, bad=(0,), updates=1)
     assert torch.equal(model[1].running_mean, mean)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "one element"])
+def test_a_gradient_that_goes_bad_between_the_backward_and_the_step(how: str) -> None:
+    """As hand-made normalisation does it, `g /= g.norm()`, with a gradient of zero."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    with watched(model) as watch:
+        for _, x, y in batches(1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            weight = model[3].weight
+            assert weight.grad is not None
+            if how == "replaced":
+                weight.grad = torch.full_like(weight.grad, NAN)
+            elif how == "in place":
+                weight.grad /= 0 * weight.grad.norm()
+            else:
+                weight.grad[1, 7] = NAN
+            optimizer.step()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items() if "num_batches" not in name)
+    assert watch.history.stat("skip_reason").tolist() == [SkipReason.NON_FINITE]
+
+
+def test_the_gradients_are_there_after_a_step_that_was_left_out() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with watched(model):
+        for _, x, y in batches(1, bad=(0,)):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert all(p.grad is not None and p.grad.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["loaded", "after the step"])
+def test_what_was_done_to_buffers_between_updates_is_not_undone(when: str) -> None:
+    model, bare = network(), network()
+
+    def between(module: nn.Module) -> None:
+        with torch.no_grad():
+            module[1].running_mean.mul_(0.5)  # type: ignore[index, union-attr, operator]
+
+    for one, bad, without in ((model, (3,), ()), (bare, (), (3,))):
+        optimizer = SGD(one.parameters(), lr=0.1)
+        with watched(one):
+            for i, x, y in batches(6, bad):
+                if i not in without:
+                    optimizer.zero_grad()
+                    F.cross_entropy(one(x), y).backward()
+                    optimizer.step()
+                if (when == "after the step" and i != 3) or (when == "loaded" and i == 2):
+                    between(one)
+    assert same(model.state_dict(), bare.state_dict())
+
+
+def test_an_error_that_was_asked_for_leaves_the_buffers_as_they_were() -> None:
+    model, bare = network(), network()
+    for one, bad, without in ((model, (3,), ()), (bare, (), (3,))):
+        optimizer = AdamW(one.parameters())
+        with GradWatch(one, console=False, on_nonfinite="raise"):
+            for i, x, y in batches(8, bad):
+                if i in without:
+                    continue
+                optimizer.zero_grad()
+                F.cross_entropy(one(x), y).backward()
+                try:
+                    optimizer.step()
+                except NonFiniteGradientError:
+                    assert i == 3
+    assert same(model.state_dict(), bare.state_dict())
+
+
+def test_an_expanded_buffer_is_left_alone() -> None:
+    model = network()
+    model.register_buffer("mask", torch.ones(1).expand(16))
+    with watched(model) as watch:
+        train(model, SGD(model.parameters(), lr=0.1), bad=(2,), updates=5)
+    assert watch.notices == ()
+    assert watch.history.recorded == 5
+
+
+class Counts(SGD):
+    """Counts its steps wherever somebody may."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.1)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            group["late"] = group.get("late", 0) + 1
+            group.setdefault("tensor", torch.zeros(())).add_(1)
+            for p in group["params"]:
+                self.state[p]["mine"] = self.state[p].get("mine", 0) + 1
+        super().step(closure)
+
+
+def test_counters_go_back_wherever_they_are() -> None:
+    model = network()
+    optimizer = Counts(model.parameters())
+    with watched(model):
+        train(model, optimizer, bad=(0, 3), updates=6)
+    group = optimizer.param_groups[0]
+    assert (optimizer.steps, group["late"], float(group["tensor"])) == (4, 4, 4.0)
+    assert {state["mine"] for state in optimizer.state.values()} == {4}
