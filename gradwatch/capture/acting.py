@@ -27,8 +27,9 @@ INSIDE_BACKWARD = (
 )
 
 BY_HAND = (
-    "gradwatch was asked to act on gradients before the step, but the weights were changed without a torch optimizer, so that there is no "
-    "moment before it. Clip in your own loop, or watch without clip= and with on_nonfinite='warn'."
+    "gradwatch was asked to act on gradients before the step, but the weights were changed without a step of a torch optimizer (by hand, or "
+    "by one like SAM that moves them first), so that there is no moment before it. Act in your own loop, or watch without clip= and on_rule=, "
+    "and with on_nonfinite='warn'."
 )
 
 

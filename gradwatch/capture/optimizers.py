@@ -155,6 +155,8 @@ class Owners:
             value = group.get("lr", np.nan)
             if isinstance(value, Tensor):
                 value = float(value.detach()) if on_host(value) else np.nan
+            elif not isinstance(value, (int, float)):
+                value = np.nan  # what that is, the optimizer will say
             lr[slots] = value
 
     def unowned(self, leaves: Sequence[Tensor]) -> list[Tensor]:
