@@ -49,7 +49,6 @@ class Act(Protocol):
         restores_buffers: whether an update that is left out takes back what it did to buffers (`Buffers`): True, False, or None where
             that is cheap.
         skips: it may leave a step out, or raise before it.
-        foresees: it asks rules about the update before the step.
     """
 
     @property
@@ -58,8 +57,6 @@ class Act(Protocol):
     def restores_buffers(self) -> bool | None: ...
     @property
     def skips(self) -> bool: ...
-    @property
-    def foresees(self) -> bool: ...
 
     def __call__(self, due: Due) -> Acted:
         """Act. What it raises leaves the user's `step`."""

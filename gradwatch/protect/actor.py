@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from gradwatch.capture.acting import Due
 from gradwatch.clip import Clipper, GlobalNorm, Gradients, NormClipper, norms_of
 from gradwatch.protect.skip import LeftOut
 from gradwatch.records import Acted, Finding, NonFiniteGradientError, RuleError, SkipReason
@@ -24,44 +25,6 @@ Reaction = float | Clipper | Literal["skip", "raise"]
 MAX_SKIPS = 10
 """Steps in a row that are left out before it raises. A bad batch or two in a row is what skipping is for; ten mean that the weights, or
 all of the data, are bad, and no later batch will mend that. A GradScaler that searches its scale halves it as often from 2^16 to 2^6."""
-
-
-class Due(Protocol):
-    """A step that is about to be made.
-
-    Attributes:
-        optimizer: the one that steps.
-        step: number of the record.
-        params: what it is about to step, with gradients.
-        names: their names.
-        layers: the modules that hold them.
-        heads: indices of those in a last layer.
-        norms: float64 `[N]`, 2-norms of their gradients; not looked at on a device.
-        factor: a loss scale that is still on the gradients, 1.0 for none.
-        found_inf: a GradScaler decides about this step on the device.
-        write_provisional: write the record as it will be if the step is made, for those who judge it before.
-    """
-
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def params(self) -> Sequence[Tensor]: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-    @property
-    def layers(self) -> Sequence[str]: ...
-    @property
-    def heads(self) -> frozenset[int]: ...
-    @property
-    def norms(self) -> NDArray[np.float64]: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def found_inf(self) -> bool: ...
-    @property
-    def write_provisional(self) -> Callable[[], None]: ...
 
 
 class Judge(Protocol):
@@ -190,11 +153,6 @@ class Actor:
     def skips(self) -> bool:
         """It may leave a step out, or raise before it."""
         return self.policy.on_nonfinite != "warn" or bool(self._stops)
-
-    @property
-    def foresees(self) -> bool:
-        """It asks rules about updates before their steps."""
-        return bool(self.policy.on_rule)
 
     @property
     def restores_buffers(self) -> bool | None:
