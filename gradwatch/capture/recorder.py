@@ -36,6 +36,11 @@ _FROZEN_AFTER = 5
 """Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
 
 
+_TURN = 64
+"""Records after which an optimizer that has not stepped takes no turns with the others any more: critics step some five to a hundred times
+at most for one step of their generator, and mostly five."""
+
+
 class Recorder:
     """Turns the events of a loop into rows.
 
@@ -95,7 +100,7 @@ class Recorder:
         self._dirty = False
         self._frozen_seen: list[list[bool]] = []
         self._steps_without: set[int] = set()
-        self._in_turn: dict[int, None] = {}
+        self._in_turn: dict[int, int] = {}
         self._versions: list[tuple[int, int]] = []
         self._started = time.perf_counter() if started is None else started
         self.unfinished = 0
@@ -311,7 +316,7 @@ class Recorder:
         if self.acting is not None and draft is not None:
             found_inf = self.acting.after_step(draft, key, optimizer, found_inf)
         outermost = self.clock.steps_running() <= 1
-        self._in_turn.setdefault(key)
+        self._in_turn[key] = self.recorded()  # a key that is there stays in its place
         mine = self.owners.slots(key)
         if outermost:
             if draft is not None and key not in draft.noted:
@@ -378,8 +383,9 @@ class Recorder:
 
     def steps_last(self, key: int) -> bool:
         """Whether an optimizer is the last of those that step in turns: the one that was seen to step for the first time last."""
-        living = [other for other in self._in_turn if self.owners.optimizer(other) is not None]
-        return not living or key == living[-1]
+        now = self.recorded()
+        stepping = [other for other, last in self._in_turn.items() if now - last <= _TURN]
+        return not stepping or key == stepping[-1]
 
     def under_way(self) -> bool:
         """A backward pass or a step is running."""

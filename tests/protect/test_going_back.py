@@ -267,6 +267,19 @@ def test_of_optimizers_that_step_in_turns_it_goes_back_to_where_the_first_is_nex
     assert watch.history.recorded == 50
 
 
+def test_an_optimizer_that_has_stopped_stepping_is_waited_for_no_more() -> None:
+    models = gan()
+    steps = {key: AdamW(model.parameters(), lr=1e-2) for key, model in models.items()}
+    with watched(models, keep_good=10) as watch:  # type: ignore[arg-type]
+        for i in range(3):
+            iteration(models, steps, i)
+        for i in range(150):
+            steps["d"].zero_grad()
+            models["d"](torch.randn(8, 2)).square().mean().backward()
+            steps["d"].step()
+        assert watch.rollback() > 130
+
+
 def test_a_checkpoint_of_a_gan_holds_the_last_record() -> None:
     def fresh() -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
         models = gan()
