@@ -37,8 +37,8 @@ _FROZEN_AFTER = 5
 
 
 _TURN = 64
-"""Records after which an optimizer that has not stepped takes no turns with the others any more: critics step some five to a hundred times
-at most for one step of their generator, and mostly five."""
+"""Records after which an optimizer that has not stepped takes no turns with the others any more. Critics mostly step five times for one
+step of their generator."""
 
 
 class Recorder:
