@@ -273,7 +273,7 @@ def test_an_optimizer_that_has_stopped_stepping_is_waited_for_no_more() -> None:
     with watched(models, keep_good=10) as watch:  # type: ignore[arg-type]
         for i in range(3):
             iteration(models, steps, i)
-        for i in range(150):
+        for _ in range(150):
             steps["d"].zero_grad()
             models["d"](torch.randn(8, 2)).square().mean().backward()
             steps["d"].step()
