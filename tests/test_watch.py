@@ -685,7 +685,7 @@ def test_acting_is_refused_where_no_optimizer_steps() -> None:
                         p -= 0.01 * p.grad
                         p.grad = None
 
-    with pytest.raises(RuntimeError, match="without a torch optimizer"):
+    with pytest.raises(RuntimeError, match="without a step of a torch optimizer"):
         train()
 
 
