@@ -45,11 +45,19 @@ class GlobalNorm(NormClipper):
 
     def clip(self, gradients: Gradients) -> Tensor:
         """Scale all gradients by one factor, and return it."""
-        total = joint_norm(gradients.norms)
-        if total.dtype is torch.float64 and on_host(total) and TINY < float(total) < _FITS and not _any_double(gradients.params):
-            # Norms that a watch has read in float64: torch divides in the precision of the gradients.
-            total = total.float()
-        return clip_jointly(gradients.params, total, self.max_norm)
+        norms = gradients.norms
+        if norms.dtype is torch.float64 and on_host(norms):
+            # Norms that a watch has read: numpy takes a fifth of the time for so few.
+            values = norms.numpy()
+            total = math.sqrt(float(values.dot(values)))
+            if not self.max_norm < total < math.inf:
+                return norms.new_ones(())
+            # torch divides in the precision of the gradients.
+            wide = not TINY < total < _FITS or _any_double(gradients.params)
+            return clip_jointly(
+                gradients.params, norms.new_full((), total, dtype=torch.float64 if wide else torch.float32), self.max_norm
+            )
+        return clip_jointly(gradients.params, joint_norm(norms), self.max_norm)
 
 
 class Value(NormClipper):
