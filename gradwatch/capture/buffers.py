@@ -63,10 +63,14 @@ class Buffers:
         return self._most is None or tensor.numel() <= self._most
 
     def restore(self) -> None:
-        """Take back what the update at hand has done to them; a buffer that was replaced by another tensor comes back itself."""
+        """Take back what the update at hand has done to them; a buffer that was replaced by another tensor comes back itself.
+
+        Their versions do not move: a graph from before may still be waiting for its backward, as a generator's while its critic's step is
+        left out, and `batch_norm` moves none either.
+        """
         with torch.no_grad():
             for (place, name), tensor, copy in zip(self._where, self._tensors, self._copies, strict=True):
-                tensor.detach().copy_(copy)
+                tensor.data.copy_(copy)
                 place[name] = tensor
 
 

@@ -469,3 +469,27 @@ def test_counters_go_back_wherever_they_are() -> None:
     group = optimizer.param_groups[0]
     assert (optimizer.steps, group["late"], float(group["tensor"])) == (4, 4, 4.0)
     assert {state["mine"] for state in optimizer.state.values()} == {4}
+
+
+@pytest.mark.parametrize("policy", [{"on_nonfinite": "skip"}, {"on_nonfinite": "raise"}], ids=["skip", "raise"])
+def test_a_graph_from_before_the_step_that_is_left_out_still_has_its_backward(policy: dict[str, Any]) -> None:
+    """The usual loop of a GAN: the fakes that the critic was trained on are used again for the generator."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    critic = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    steps = {"g": AdamW(generator.parameters(), lr=1e-3), "d": AdamW(critic.parameters(), lr=1e-3)}
+    with GradWatch({"g": generator, "d": critic}, console=False, **policy) as watch:
+        for i in range(6):
+            real = torch.randn(16, 2) * (NAN if i == 3 else 1.0)
+            fake = generator(torch.randn(16, 4))
+            steps["d"].zero_grad()
+            (critic(real).mean() - critic(fake.detach()).mean()).square().backward()
+            try:
+                steps["d"].step()
+            except NonFiniteGradientError:
+                assert policy["on_nonfinite"] == "raise"
+            steps["g"].zero_grad()
+            critic(fake).square().mean().backward()
+            steps["g"].step()
+    assert watch.history.recorded == 12
+    assert all(torch.isfinite(value).all() for model in (generator, critic) for value in model.state_dict().values())
