@@ -491,5 +491,7 @@ def test_a_graph_from_before_the_step_that_is_left_out_still_has_its_backward(po
             steps["g"].zero_grad()
             critic(fake).square().mean().backward()
             steps["g"].step()
-    assert watch.history.recorded == 12
+    assert watch.history.recorded == 12 - (
+        policy["on_nonfinite"] == "raise"
+    )  # a step that raised leaves its record open for the next backward
     assert all(torch.isfinite(value).all() for model in (generator, critic) for value in model.state_dict().values())
