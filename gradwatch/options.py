@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradwatch.capture.description import in_scope
 from gradwatch.capture.parameters import named_modules, unwrap
+from gradwatch.clip.arguments import short
 from gradwatch.records import Sampling
 
 
@@ -68,7 +69,7 @@ def _check_each_has_its_own(given: Mapping[str, nn.Module]) -> None:
 
 def _check_model(model: object, name: str) -> None:
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {_short(model)}"
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {short(model)}"
         raise TypeError(f"GradWatch: {name} is {given}; it needs an nn.Module, or a mapping of names to nn.Module")
     for module in (model, *model.modules()):
         if isinstance(module, torch.jit.ScriptModule):
@@ -83,11 +84,6 @@ def _check_model(model: object, name: str) -> None:
             )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def optimizers(given: object) -> tuple[Optimizer, ...] | None:
     """The optimizers that were named, None for all."""
     if given is None:
@@ -95,7 +91,7 @@ def optimizers(given: object) -> tuple[Optimizer, ...] | None:
     several = given if isinstance(given, (list, tuple)) else (given,)
     for one in several:
         if not isinstance(one, Optimizer):
-            what = f"the class {one.__name__}" if isinstance(one, type) else f"{_short(one)} ({type(one).__name__})"
+            what = f"the class {one.__name__}" if isinstance(one, type) else f"{short(one)} ({type(one).__name__})"
             raise TypeError(
                 f"GradWatch(optimizer=...): got {what}; it needs a torch.optim.Optimizer or several of them, or None to find them itself"
             )
@@ -106,7 +102,7 @@ def scaler(given: object) -> Any:
     """A GradScaler or None."""
     if given is not None and not isinstance(given, torch.amp.GradScaler):
         raise TypeError(
-            f"GradWatch(scaler={_short(given)}): got {type(given).__name__}; it needs a torch.amp.GradScaler, or None to find it itself"
+            f"GradWatch(scaler={short(given)}): got {type(given).__name__}; it needs a torch.amp.GradScaler, or None to find it itself"
         )
     return given
 
@@ -116,7 +112,7 @@ def clip(given: object, keyword: str = "clip") -> Any:
     if given is None or (callable(given) and not isinstance(given, (type, nn.Module))):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)):
-        what = f"the class {given.__name__}" if isinstance(given, type) else f"{_short(given)} ({type(given).__name__})"
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"{short(given)} ({type(given).__name__})"
         raise TypeError(
             f"GradWatch({keyword}=...): got {what}; it needs a float (the max_norm of the global norm), a clipper such as "
             "gradwatch.clip.AutoClip(), or a callable of parameters such as "
@@ -131,7 +127,7 @@ def on_nonfinite(given: object) -> Any:
     """A policy."""
     if given not in ("warn", "raise", "skip"):
         raise ValueError(
-            f"GradWatch(on_nonfinite={_short(given)}): unknown policy; it needs 'warn' (say it), 'raise' (before the weights change) or "
+            f"GradWatch(on_nonfinite={short(given)}): unknown policy; it needs 'warn' (say it), 'raise' (before the weights change) or "
             "'skip' (leave the step out)"
         )
     return given
@@ -143,7 +139,7 @@ def on_rule(given: object, rules: Iterable[str]) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise TypeError(
-            f"GradWatch(on_rule={_short(given)}): got {type(given).__name__}; it needs a mapping of rules to what is done, such as "
+            f"GradWatch(on_rule={short(given)}): got {type(given).__name__}; it needs a mapping of rules to what is done, such as "
             "{'exploding_gradient': 1.0, 'gradient_spike': 'skip'}"
         )
     known = list(rules)
@@ -165,25 +161,19 @@ def on_rule(given: object, rules: Iterable[str]) -> dict[str, Any]:
 
 def max_skips(given: object) -> int:
     """A number of steps."""
-    if isinstance(given, bool) or not isinstance(given, int):
-        raise TypeError(
-            f"GradWatch(max_skips={_short(given)}): got {type(given).__name__}; it needs a whole number of steps in a row"
-        )
-    if given < 1:
-        raise ValueError(f"GradWatch(max_skips={given}): needs at least 1; on_nonfinite='raise' leaves none out")
-    return given
+    return _whole("max_skips", given, "steps in a row", "on_nonfinite='raise' leaves none out")
 
 
 def keep_good(given: object) -> int | None:
     """Updates between two states that are kept, or None."""
-    if given is None:
-        return None
+    return None if given is None else _whole("keep_good", given, "updates between two states", "leave it out to keep none")
+
+
+def _whole(keyword: str, given: object, what: str, instead: str) -> int:
     if isinstance(given, bool) or not isinstance(given, int):
-        raise TypeError(
-            f"GradWatch(keep_good={_short(given)}): got {type(given).__name__}; it needs a whole number of updates, or None"
-        )
+        raise TypeError(f"GradWatch({keyword}={short(given)}): got {type(given).__name__}; it needs a whole number of {what}")
     if given < 1:
-        raise ValueError(f"GradWatch(keep_good={given}): needs at least 1 update between two states; leave it out to keep none")
+        raise ValueError(f"GradWatch({keyword}={given}): needs at least 1; {instead}")
     return given
 
 
@@ -193,7 +183,7 @@ def keep_also(given: object, keep: int | None) -> tuple[Any, ...]:
     for one in several:
         if isinstance(one, type) or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
             raise TypeError(
-                f"GradWatch(keep_also=...): got {_short(one)} ({type(one).__name__}); it needs objects with state_dict() and "
+                f"GradWatch(keep_also=...): got {short(one)} ({type(one).__name__}); it needs objects with state_dict() and "
                 "load_state_dict(), such as a learning-rate scheduler"
             )
     if several and keep is None:
@@ -205,7 +195,7 @@ def restore_buffers(given: object) -> bool | None:
     """True, False or None."""
     if given is not None and not isinstance(given, bool):
         raise TypeError(
-            f"GradWatch(restore_buffers={_short(given)}): got {type(given).__name__}; it needs True, False, or None (where it is cheap)"
+            f"GradWatch(restore_buffers={short(given)}): got {type(given).__name__}; it needs True, False, or None (where it is cheap)"
         )
     return given
 
@@ -220,14 +210,14 @@ def callables(name: str, given: object) -> tuple[Callable[[Any], Any], ...]:
         if not wrong:
             return several
         given = wrong[0]
-    raise TypeError(f"GradWatch({name}=...): got {_short(given)} ({type(given).__name__}); it needs a callable or several of them")
+    raise TypeError(f"GradWatch({name}=...): got {short(given)} ({type(given).__name__}); it needs a callable or several of them")
 
 
 def console(given: object) -> bool | Console:
     """True, False or a Console."""
     if not isinstance(given, (bool, Console)):
         raise TypeError(
-            f"GradWatch(console={_short(given)}): got {type(given).__name__}; it needs True (stderr), False (print nothing) or a "
+            f"GradWatch(console={short(given)}): got {type(given).__name__}; it needs True (stderr), False (print nothing) or a "
             "rich.console.Console"
         )
     return given
@@ -237,7 +227,7 @@ def sampling(given: object, watched: Mapping[str, nn.Module]) -> Sampling:
     """A `Sampling` whose patterns match something."""
     if not isinstance(given, Sampling):
         raise TypeError(
-            f"GradWatch(sampling={_short(given)}): got {type(given).__name__}; it needs a gradwatch.Sampling, such as Sampling(every=20)"
+            f"GradWatch(sampling={short(given)}): got {type(given).__name__}; it needs a gradwatch.Sampling, such as Sampling(every=20)"
         )
     names = [name for name, _ in named_modules(watched)]
     for keyword, patterns in (("include", given.include), ("exclude", given.exclude)):

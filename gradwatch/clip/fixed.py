@@ -21,7 +21,8 @@ _FITS = 1e30
 
 
 class GlobalNorm(NormClipper):
-    """One bound for the 2-norm of all gradients together: `torch.nn.utils.clip_grad_norm_`, and bit-equal to it.
+    """One bound for the 2-norm of all gradients together: `torch.nn.utils.clip_grad_norm_`, and bit-equal to it where it
+    is called; under a watch, whose norms have been read otherwise, the last bit may differ.
 
     `g *= min(1, max_norm / (total + 1e-6))` (Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063). It differs where torch's result is of
     no use: a total that is not finite changes nothing, instead of making NaNs or zeros of all gradients. Below the bound nothing changes

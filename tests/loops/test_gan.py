@@ -139,3 +139,27 @@ def test_one_loss_for_both_models_is_one_record() -> None:
             step(reference, first, second)
     agree(watch, reference, records=20)
     healthy(watch, reference, learns=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_that_the_critics_normalisation_takes_out_again_is_no_gradient_that_explodes(seed: int) -> None:
+    """The generator's last bias before a critic that begins Linear, BatchNorm: what is left of its gradient comes from `eps`."""
+    torch.manual_seed(seed)
+    generator = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+    for p in generator.parameters():
+        nn.init.normal_(p, 0.0, 0.3)
+    critic = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    steps = {model: torch.optim.Adam(model.parameters(), lr=1e-3) for model in (generator, critic)}
+    with GradWatch({"g": generator, "d": critic}, console=False) as watch:
+        for _ in range(60):
+            fake = generator(torch.randn(32, 8))
+            real = torch.randn(32, 8)
+            steps[critic].zero_grad()
+            (F.softplus(-critic(real)).mean() + F.softplus(critic(fake.detach())).mean()).backward()
+            steps[critic].step()
+            steps[generator].zero_grad()
+            F.softplus(-critic(fake)).mean().backward()
+            steps[generator].step()
+    norms = dict(zip(watch.history.parameters, watch.history.stat("grad_norm")[-1], strict=True))
+    assert 0 < norms["g.3.bias"] < 1e-3 * norms["g.3.weight"], "else there is nothing to be misled by"
+    assert [alert.rule for alert in watch.alerts if alert.rule == "exploding_gradient"] == []
