@@ -17,9 +17,9 @@ import torch
 from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
 from tests.zoo.case import Case
-from tests.zoo.healthy import HEALTHY
-from tests.zoo.more import MORE
-from tests.zoo.sick import SICK
+from tests.zoo.earlier.healthy import HEALTHY
+from tests.zoo.earlier.more import MORE
+from tests.zoo.earlier.sick import SICK
 
 SEEDS = (0, 1)
 IN_TIME, LATER, NEVER_CALLED = 15, 10, 30

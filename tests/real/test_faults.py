@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
 from tests.real.architectures import ARCHITECTURES, FLAWED, UPDATES
-from tests.zoo.models import ScaleBackward
+from tests.zoo.earlier.models import ScaleBackward
 
 FROM_THE_START, LATER, ONE_OF_EQUALS = 15, 11, 30
 """Updates within which a fault has to be named: from the start, from the middle, in one of a list of equals (it may be an expert)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradwatch import Alert, GradWatch
 from gradwatch.records import Severity
 from tests.zoo.case import Blobs, Event, Pictures, Setup, Text, classify, fit, mlp
-from tests.zoo.models import PlainCNN, Residual
+from tests.zoo.earlier.models import PlainCNN, Residual
 
 ONSET = 20
 

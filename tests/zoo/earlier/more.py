@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.case import Blobs, Case, Event, Pictures, Setup, Text, classify, evens, fit, initialise, mlp
-from tests.zoo.models import GPT, Encoder, LayerScaleNet, Multiply, PlainCNN, ResNet, ScaleBackward, SequenceNet
-from tests.zoo.sick import DIVERGING, VANISHING
+from tests.zoo.earlier.models import GPT, Encoder, LayerScaleNet, Multiply, PlainCNN, ResNet, ScaleBackward, SequenceNet
+from tests.zoo.earlier.sick import DIVERGING, VANISHING
 
 MORE: list[Case] = []
 
@@ -609,7 +609,7 @@ def _(seed: int) -> Setup:
 
 @more("gru_like_recurrence_radius_1.3_long", DIVERGING, ("inp", "cell"))
 def _(seed: int) -> Setup:
-    from tests.zoo.models import RecurrentReadout
+    from tests.zoo.earlier.models import RecurrentReadout
 
     model = RecurrentReadout(lambda x: x, 60, 1.3)
     return fit(model, classify(model, Blobs(seed)), torch.optim.SGD(model.parameters(), 1e-10))

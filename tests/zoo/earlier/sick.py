@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.case import Blobs, Case, Event, Pictures, Setup, Text, classify, evens, fit, initialise, mlp
-from tests.zoo.models import (
+from tests.zoo.earlier.models import (
     GPT,
     Bottleneck,
     Encoder,

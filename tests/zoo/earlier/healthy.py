@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.case import Blobs, Case, Event, Pictures, Setup, Text, classify, fit, initialise, mlp
-from tests.zoo.models import GPT, VAE, Bottleneck, Encoder, LayerScaleNet, Lora, MoE, PlainCNN, ResNet, SequenceNet
+from tests.zoo.earlier.models import GPT, VAE, Bottleneck, Encoder, LayerScaleNet, Lora, MoE, PlainCNN, ResNet, SequenceNet
 
 HEALTHY: list[Case] = []
 
