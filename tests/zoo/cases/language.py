@@ -934,6 +934,7 @@ def rate_of_the_embedding_group_is_zero(seed: int) -> Setup:
     "s_gradients_cleared_between_backward_and_step",
     ("frozen_weights",),
     everything("recurrent"),
+    also=("update_ratio_too_small",),
     source="https://velog.io/@rhss10/기본-optimizer.zerograd는-어디에-넣어주어야-할까: anywhere but between backward and step",
     proof=unchanged("embed.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight", "head.bias"),
 )
