@@ -26,6 +26,7 @@ ZERO = np.float32(-104.0)
 
 _REACHED, _STALE, _STEPPED = np.uint8(GradState.REACHED), np.uint8(GradState.STALE), np.uint8(GradState.STEPPED)
 _ASIDE = np.uint8(GradState.ASIDE)
+_CHANGED, _SAME = np.uint8(GradState.CHANGED), np.uint8(GradState.SAME)
 _BOTH = int(GradState.REACHED | GradState.STEPPED)
 
 _COLUMNS: dict[str, tuple[str, float]] = {
@@ -38,6 +39,7 @@ _COLUMNS: dict[str, tuple[str, float]] = {
     "gap": ("i4", 0),
     "orphan": ("i4", 0),
     "stale": ("u2", 0),
+    "same": ("i4", 0),
     "early": ("f4", np.nan),
     "update_ratio": ("f4", np.nan),
     "weight_norm": ("f4", np.nan),
@@ -63,6 +65,7 @@ class Baselines:
         gap: `[P]`, the longest such run of steps that a backward ended.
         orphan: `[P]`, records in a row that reached it while an optimizer stepped, but not one of its own.
         stale: `[P]`, a bit for each of its owner's last 16 steps, the newest lowest: the gradient still held an old one.
+        same: `[P]`, records in a row, of those in which it was looked at whole after its owner's step, that found not a bit changed.
         first: `[WINDOW, P]`, natural logarithms of its first observed norms, `ZERO` for exactly zero; NaN where there are fewer.
         last: `[WINDOW, P]`, the same of its last observed norms, in no order.
         early: `[P]`, median of `first`; NaN until that is full.
@@ -88,6 +91,7 @@ class Baselines:
     gap: NDArray[np.int32]
     orphan: NDArray[np.int32]
     stale: NDArray[np.uint16]
+    same: NDArray[np.int32]
     early: NDArray[np.float32]
     update_ratio: NDArray[np.float32]
     weight_norm: NDArray[np.float32]
@@ -125,6 +129,8 @@ class Baselines:
         reason = int(row["skip_reason"])
         skipped = bool(row["skipped"])
         self._count(row["grad_state"], skipped, step)
+        if full:
+            self._count_same(row["grad_state"])
         total = float(row["total_norm"])
         if len(self.first_totals) < WINDOW and not skipped and 0.0 < total < np.inf:
             self.first_totals = np.append(self.first_totals, total)
@@ -160,6 +166,12 @@ class Baselines:
                 self.orphan += reached & ~stepped
                 np.copyto(self.orphan, np.int32(0), where=stepped)
         np.copyto(self.missed, np.int32(0), where=reached)
+
+    def _count_same(self, state: NDArray[np.uint8]) -> None:
+        if self.same.any():
+            np.copyto(self.same, np.int32(0), where=(state & _CHANGED) != 0)
+        if state.size and int(state.max()) >= _SAME:
+            self.same += (state & _SAME) != 0
 
     def _count_usual(self, step: int) -> None:
         """All reached and stepped by their owners, nothing stale: what `_count` comes to in most records."""

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from gradwatch.records import SCHEMA
 
+SYMMETRY_AFTER = 8
+"""Records after which rows that were equal are compared again: before the earliest verdict, at update 10."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterFact:
@@ -28,6 +31,7 @@ class ParameterFact:
         order: rank in the order of execution found in the autograd graph, from 0 at the input; None: never seen in a graph.
         distance: least number of autograd nodes between the loss and this parameter; None: never seen in a graph.
         in_scope: not left out by `Sampling.include` and `exclude`.
+        still_equal: `equal_rows`, and all rows were equal again after the first `SYMMETRY_AFTER` records.
     """
 
     name: str
@@ -41,6 +45,7 @@ class ParameterFact:
     order: int | None = None
     distance: int | None = None
     in_scope: bool = True
+    still_equal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,11 @@ class Meta:
         outside_in_model: those of them that were found in the attributes of a watched module (a layer in a plain list), by path.
         opaque: the graph holds nodes that hide what is below them (reentrant checkpoint, compiled region, custom function).
         unreached: trainable parameters that no path of any graph walked so far reaches; () where a graph was opaque.
+        squashed: "softmax" or "sigmoid" where the loss takes for logits what is that of something already; "" where it does not.
+        squashed_by: the innermost module in which that runs; "" where it runs outside all modules, or in the root.
+        criterion: name in `torch.nn.functional` of the loss of the first backward passes, where it was a mean and nothing was added to it.
+        guess: loss of the best constant output under it, by the targets of these passes; 0 where it is not known.
+        broadcast: under it the prediction was expanded to the shape of the target.
         schema: number of the layout.
     """
 
@@ -99,6 +109,11 @@ class Meta:
     outside_in_model: tuple[str, ...] = ()
     opaque: bool = False
     unreached: tuple[str, ...] = ()
+    squashed: str = ""
+    squashed_by: str = ""
+    criterion: str = ""
+    guess: float = 0.0
+    broadcast: bool = False
     schema: int = SCHEMA
 
     @cached_property
@@ -131,6 +146,21 @@ class Meta:
     def ndim(self) -> NDArray[np.int64]:
         """`[P]`."""
         return np.array([len(f.shape) for f in self.parameters], np.int64)
+
+    @cached_property
+    def owners(self) -> frozenset[str]:
+        """The optimizers that own a trainable parameter."""
+        return frozenset(f.owner for f in self.parameters if f.trainable and f.owner is not None)
+
+    @cached_property
+    def blank(self) -> NDArray[np.bool_]:
+        """`[P]`: was exactly zero when the watch began."""
+        return np.array([f.init_rms == 0.0 for f in self.parameters], bool)
+
+    @cached_property
+    def still_equal(self) -> NDArray[np.bool_]:
+        """`[P]`: all rows were equal when the watch began, and after its first records."""
+        return np.array([f.still_equal for f in self.parameters], bool)
 
     @cached_property
     def numel(self) -> NDArray[np.int64]:

@@ -44,6 +44,9 @@ class GradState(enum.IntFlag):
     """Its gradient was scaled down between the read and the step, by the watch or by the user."""
     ASIDE = 64
     """The record's gradient was a spike that was clipped for it (`on_rule`): nothing is learnt from it."""
+    SAME = 128
+    """Its owner stepped and every element was compared with what it was before: not a bit has changed. Looked at whole only where a
+    sample of it did not change in the updates before."""
 
 
 class SkipReason(enum.IntEnum):

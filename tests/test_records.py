@@ -175,6 +175,7 @@ def test_flags_and_reasons_keep_their_numbers_and_fit_their_column() -> None:
         "CHANGED": 16,
         "CLIPPED": 32,
         "ASIDE": 64,
+        "SAME": 128,
     }
     assert {reason.name: reason.value for reason in SkipReason} == {
         "NONE": 0,

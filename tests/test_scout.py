@@ -81,7 +81,7 @@ def two_losses(model: Net) -> None:
 
 
 def scale_search(model: Net) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     for _, loss in zip(range(20), losses(model), strict=False):
         optimizer.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules import activation as activations
 
 from gradwatch.capture import private, saturation
+from gradwatch.capture.loss_end import Criterion
 from gradwatch.capture.parameters import ParameterTable, as_real, materialised
-from gradwatch.facts import LayerFact, Meta, ParameterFact
+from gradwatch.facts import SYMMETRY_AFTER, LayerFact, Meta, ParameterFact
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("list", (nn.ModuleList, nn.ModuleDict)),
@@ -79,10 +80,23 @@ def in_scope(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
 
 
 class InitialFacts:
-    """How parameters were initialised; each is looked at once, when it is first seen."""
+    """How parameters were initialised; each is looked at once, when it is first seen, and those with equal rows once again."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, bool]] = {}
+        self._due = SYMMETRY_AFTER
+        self.still_equal: set[int] = set()
+
+    def look_again(self, parameters: Sequence[Tensor]) -> bool:
+        """Called after each record: after `SYMMETRY_AFTER` of them, find out whose rows are equal still; whether that was now."""
+        if self._due <= 0:
+            return False
+        self._due -= 1
+        equal = [slot for slot, (_, equal) in self._known.items() if equal and parameters[slot].requires_grad]
+        if self._due or not equal:
+            return False
+        self.still_equal = {slot for slot in equal if _initial(parameters[slot])[1]}
+        return bool(self.still_equal)
 
     def of(self, slot: int, parameter: Tensor) -> tuple[float, bool]:
         """Root mean square, and whether all rows are equal (never for vectors)."""
@@ -127,6 +141,8 @@ def describe(
     functions: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     run: Mapping[str, int] = MappingProxyType({}),
+    squashed: tuple[str, str] = ("", ""),
+    criterion: Criterion | None = None,
 ) -> Meta:
     """The static facts of a run.
 
@@ -148,6 +164,8 @@ def describe(
             its class in torch.
         places: activation that stands in several places -> the layers that it follows there.
         run: layer -> rank of its first call.
+        squashed: what is applied to the output before the criterion does it again, and the layer in which.
+        criterion: what the loss is, where that is known.
     """
     ranks = {slot: rank for rank, slot in enumerate(sorted(order, key=lambda slot: order[slot]))}
     parameters = []
@@ -170,6 +188,7 @@ def describe(
                 order=ranks.get(slot),
                 distance=distance.get(slot),
                 in_scope=in_scope(layer, include, exclude),
+                still_equal=slot in initial.still_equal,
             )
         )
     in_order = sorted(layer_order, key=lambda name: layer_order[name])
@@ -201,4 +220,9 @@ def describe(
         outside_in_model=outside_in_model,
         opaque=opaque,
         unreached=tuple(table.names[slot] for slot in unreached if table.columns[slot] >= 0),
+        squashed=squashed[0],
+        squashed_by=squashed[1],
+        criterion=criterion.name if criterion is not None else "",
+        guess=criterion.guess if criterion is not None and criterion.guess > 0 else 0.0,
+        broadcast=criterion is not None and criterion.broadcast,
     )

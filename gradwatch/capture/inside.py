@@ -105,6 +105,11 @@ class Inside:
                 draft.taken = self.hooks.take(self._roots(own))
             self.hooks.drop(self._roots(reached))
 
+    def maker(self, nodes: frozenset[int]) -> str:
+        """The innermost layer in which one of these autograd nodes, given by their numbers, made the output; "" where none is known."""
+        column = self.hooks.maker(nodes)
+        return list(self._table.modules)[column] if column >= 0 else ""
+
     def take(self, draft: Draft, own: Iterable[int]) -> None:
         """A record is looked at before it closes: what hooks have seen by now is all that it will have."""
         if self.hooks.listening:

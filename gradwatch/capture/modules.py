@@ -588,6 +588,10 @@ class ModuleHooks:
             found = find_functions(roots, parts, self._sample, self.peaks, self._looks)
             self._functions = self._functions - 1 if not found else LOOKS
 
+    def maker(self, nodes: frozenset[int]) -> int:
+        """Column of the first module to return what one of these autograd nodes made, in the record at hand; -1: none that is looked at."""
+        return next((part.column for parts in self._parts for part in parts if part.node in nodes), -1)
+
     def end_backward(self) -> None:
         """It has returned, or failed."""
         self._in_backward = False

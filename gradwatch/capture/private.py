@@ -38,6 +38,29 @@ def sequence_number(node: Any) -> int:
     return number if number < 2**63 else -1
 
 
+def saved_number(node: Any, name: str) -> int | None:
+    """A whole number that an autograd node keeps, for example the `reduction` of a loss; None where it has none of this name."""
+    value = getattr(node, f"_saved_{name}", None)
+    return int(value) if isinstance(value, (int, float)) and value == int(value) else None
+
+
+def saved_tensor(node: Any, name: str) -> Tensor | None:
+    """A tensor that an autograd node keeps; None where it has none of this name, or has been freed."""
+    try:
+        value = getattr(node, f"_saved_{name}", None)
+    except RuntimeError:
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def output_shape(node: Any) -> tuple[int, ...] | None:
+    """Shape of the first tensor that an autograd node made; None where this torch does not tell."""
+    try:
+        return tuple(int(size) for size in node._input_metadata[0].shape)
+    except (AttributeError, IndexError, TypeError):
+        return None
+
+
 def scale_of(scaler: Any) -> Tensor | None:
     """The scale of a GradScaler as a 0-d tensor on its device, without a synchronisation; None before its first use."""
     scale = getattr(scaler, "_scale", None)

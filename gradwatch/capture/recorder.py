@@ -138,6 +138,8 @@ class Recorder:
         if outcome is not None:
             self._finish(outcome)
         self.inside.hooks.begin_backward(roots)
+        if self._walks.looks_at_loss and self._walks.see_loss(roots, self.scale.pending):
+            self._describe()
         self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
@@ -163,7 +165,9 @@ class Recorder:
             self._take_told(draft)
             if self.acting is not None:
                 self.acting.after_backward(draft)
-            if (reached is not self.gradients.everything or not self._walks.done) and self._walks.take(reached, roots):
+            if (reached is not self.gradients.everything or not self._walks.done) and self._walks.take(
+                reached, roots, self.inside.maker
+            ):
                 self._describe()
         outcome = self.clock.backward_end(reached)
         if outcome is not None:
@@ -599,6 +603,10 @@ class Recorder:
         ratio, changed = self.weights.ratios(slots)
         draft.ratio[slots] = ratio
         draft.flag(np.asarray(slots)[changed], GradState.CHANGED)
+        # What is not a number cannot be compared.
+        same, differ = self.weights.same(slots, changed | (np.isnan(ratio) & ~np.isfinite(draft.weight_norm[slots])))
+        draft.flag(differ, GradState.CHANGED)
+        draft.flag(same, GradState.SAME)
 
     # -- what the clock asks -------------------------------------------------------------------------------------------------------
 
@@ -730,7 +738,8 @@ class Recorder:
                     return
                 self._land(closed.draft, still_there=False)
             self._queue.pop(0)
-            if self._walks.look_outside(self.owners):
+            news = self._walks.look_outside(self.owners)
+            if self._initial.look_again(self.table.params) or news:
                 self._describe()
             self._update_pending(self.clock.open)
             self._write(closed, closed.draft.layers or self._layers(closed.draft))
@@ -795,5 +804,7 @@ class Recorder:
                 functions=self.inside.functions,
                 places=self.inside.places,
                 run=self.inside.run,
+                squashed=self._walks.squashed,
+                criterion=self._walks.criterion,
             )
         )

@@ -37,6 +37,13 @@ class LossScale:
         """The scalers that have scaled a loss."""
         return list(self._heard)
 
+    @property
+    def pending(self) -> float:
+        """What the loss was multiplied by whose backward comes next, by a GradScaler; NaN where that is on a device."""
+        if isinstance(self._pending, Tensor):
+            return math.nan
+        return 1.0 if self._pending is None else self._pending
+
     def scaled(self, scaler: Any) -> None:
         """A GradScaler has scaled a loss."""
         if self._scaler is not None and scaler is not self._scaler:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from gradwatch.capture import private
 from gradwatch.capture.graph import find_unregistered, walk
+from gradwatch.capture.loss_end import Criterion, criterion, squashed
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable
 from gradwatch.capture.roles import Roles, roles
 
 OUTSIDE_AFTER = 5
 """Records after which leaves outside the model are looked for in the process's optimizers."""
+
+
+CRITERIA = 8
+"""Backward passes whose criterion and targets are looked at: before the earliest verdict, at update 10."""
 
 
 class Walks:
@@ -31,6 +38,8 @@ class Walks:
         done: each slot has been reached by a backward whose graph was walked.
         outside: shapes of trainable leaves that belong to no registered parameter and no optimizer.
         outside_in_model: paths of those of them that live in a watched module's attributes.
+        squashed: what is applied to the output before the criterion does it again ("softmax"), and the layer in which; "" and "".
+        criterion: what the loss of the first backward passes was, if it was the same in all and is known.
     """
 
     def __init__(self, table: ParameterTable) -> None:
@@ -42,13 +51,22 @@ class Walks:
         self.done = False
         self.outside: tuple[tuple[int, ...], ...] = ()
         self.outside_in_model: tuple[str, ...] = ()
+        self.squashed = ("", "")
+        self.criterion: Criterion | None = None
+        self._criteria: list[Criterion | None] = []
         self._walked: set[int] = set()
         self._unreached: set[int] | None = None
         self._leaves: list[weakref.ref[Tensor]] = []
         self._due = OUTSIDE_AFTER
 
-    def take(self, reached: Sequence[int], roots: Iterable[Any]) -> bool:
-        """Walk the graph of `roots` if it reached a slot for which no walk was made; whether it was walked."""
+    def take(self, reached: Sequence[int], roots: Iterable[Any], maker: Callable[[frozenset[int]], str]) -> bool:
+        """Walk the graph of `roots` if it reached a slot for which no walk was made; whether it was walked.
+
+        Args:
+            reached: slots.
+            roots: of the backward that reached them.
+            maker: gives the layer that made a tensor, by the numbers of the nodes that it may be the output of.
+        """
         if self._walked.issuperset(reached):
             return False
         self._walked.update(reached)
@@ -63,7 +81,34 @@ class Walks:
         unreached = set(self._table.column_slots) - facts.distance.keys()
         self._unreached = unreached if self._unreached is None else self._unreached & unreached
         known = {id(ref()) for ref in self._leaves}
+        inner = squashed(roots)
+        if inner is not None and not self.squashed[0]:
+            self.squashed = (inner.function, maker(inner.numbers))
         self._leaves += [weakref.ref(leaf) for leaf in facts.outside if id(leaf) not in known]
+        return True
+
+    @property
+    def looks_at_loss(self) -> bool:
+        """The criterion is not settled yet."""
+        return len(self._criteria) < CRITERIA
+
+    def see_loss(self, roots: Iterable[Any], loss_scale: float) -> bool:
+        """Look at the criterion of a backward that is about to run; whether it is settled by that, and known.
+
+        Args:
+            roots: of the backward.
+            loss_scale: what a GradScaler multiplied the loss by; NaN: a number that is on a device.
+        """
+        if private.saved_tensors_are_hooked():
+            self._criteria = [None] * CRITERIA
+            return False
+        self._criteria.append(criterion(roots, loss_scale))
+        if self.looks_at_loss or None in self._criteria:
+            return False
+        seen = [each for each in self._criteria if each is not None]
+        if len({(each.name, each.broadcast) for each in seen}) > 1:
+            return False
+        self.criterion = replace(seen[0], guess=sum(each.guess for each in seen) / len(seen))
         return True
 
     def unreached(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Weights before and after a step, over a fixed sample of elements."""
+"""Weights before and after a step, over a fixed sample of elements, and whole where the sample does not change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from gradwatch.capture import private
 from gradwatch.capture.parameters import as_real, materialised
 from gradwatch.capture.samples import CHUNK, CHUNKS, WHOLE, step_of
+
+SUSPICIOUS = 2
+"""Times in a row that a sample has not changed in a step after which the whole parameter is compared. A step that rounds away in all of
+1,024 elements twice running may still change one of a million others; a sparse one does so in health."""
+
+AT_ONCE = 2**24
+"""Elements that are copied for this in one update, at most: 64 MB in float32. Where more are suspicious they take turns."""
 
 
 class _Group:
@@ -50,6 +57,10 @@ class WeightSample:
         self._pointers: list[int] = []
         self._groups: list[_Group] = []
         self.taken: NDArray[np.bool_] = np.zeros(len(params), bool)
+        self._still: NDArray[np.int64] = np.zeros(len(params), np.int64)
+        self._compared: NDArray[np.int64] = np.zeros(len(params), np.int64)
+        self._whole: NDArray[np.bool_] = np.zeros(len(params), bool)
+        self._copies: dict[int, Tensor] = {}
 
     def take_before(self, slots: Sequence[int]) -> None:
         """Sample the weights of `slots` as they are before a step."""
@@ -57,6 +68,7 @@ class WeightSample:
             self._refresh()
             for group in self._groups:
                 group.take(slots, after=False)
+            self._copy([slot for slot in slots if self._still[slot] >= SUSPICIOUS and not self._whole[slot]])
         self.taken[list(slots)] = True
 
     def take_after(self, slots: Sequence[int]) -> None:
@@ -86,6 +98,40 @@ class WeightSample:
         ratio[~self.taken], changed[~self.taken] = np.nan, False
         return ratio[list(slots)], changed[list(slots)]
 
+    def same(self, slots: Sequence[int], changed: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+        """Of some slots that an optimizer has just stepped, those that are bit for bit what they were, and those found to have changed.
+
+        Args:
+            slots: sampled before and after the step.
+            changed: `[len(slots)]`, what `ratios` said of their samples.
+        """
+        index = np.asarray(slots, np.int64)
+        self._still[index] = np.where(changed | ~self.taken[index], 0, self._still[index] + 1)
+        still = index[self._still[index] > 0]
+        if not still.size:
+            return [], []
+        same, differs = still[self._whole[still]].tolist(), []
+        for slot in still[~self._whole[still]].tolist():
+            copy = self._copies.pop(slot, None)
+            if copy is None:
+                continue
+            if torch.equal(copy, private.shard(self._params[slot].detach())):
+                same.append(slot)
+            else:
+                differs.append(slot)
+                self._still[slot] = 0
+        return same, differs
+
+    def _copy(self, slots: list[int]) -> None:
+        """Keep some parameters whole until the step is over, those first that were compared least often."""
+        room = AT_ONCE - sum(copy.numel() for copy in self._copies.values())
+        for slot in sorted(slots, key=lambda slot: int(self._compared[slot])):
+            tensor = private.shard(self._params[slot].detach())
+            if slot not in self._copies and tensor.layout is torch.strided and tensor.numel() <= room:
+                room -= tensor.numel()
+                self._compared[slot] += 1
+                self._copies[slot] = tensor.clone()
+
     def moved(self, slots: Sequence[int]) -> bool:
         """Whether a sampled element of `slots` differs from what it was before; False where no sample was taken.
 
@@ -104,6 +150,7 @@ class WeightSample:
     def forget(self) -> None:
         """The update is over."""
         self.taken[:] = False
+        self._copies.clear()
 
     def _refresh(self) -> None:
         """Make the views anew where a parameter's memory was moved (`.to`, `p.data = ...`) or materialised."""
@@ -115,6 +162,7 @@ class WeightSample:
         with torch.inference_mode(False):
             for slot, p in enumerate(self._params):
                 view = _sample(p)
+                self._whole[slot] = view is not None and view.numel() == as_real(p.detach()).numel()
                 if view is not None:
                     dtype = torch.float64 if view.dtype is torch.float64 else torch.float32
                     slots, views = found.setdefault((view.device, dtype), ([], []))

@@ -306,6 +306,131 @@ def _spike(finding: Finding, history: History) -> tuple[str, str]:
     return (why, "Clip the gradient norm (clip=1.0) and look at the batch of this update.")
 
 
+def _zero(finding: Finding, history: History) -> tuple[str, str]:
+    if finding.evidence.get("layers", 0.0) == finding.evidence.get("layers_in_all", -1.0):
+        return (
+            "The loss does not depend on what the model puts out, as far as a derivative can tell: it is multiplied by 0, rounded, clamped.",
+            "Look between the model's output and the loss for round, sign, a comparison, a clamp whose limits are passed, or a mask of zeros.",
+        )
+    first = finding.layers[0] or "(model)" if finding.layers else "them"
+    return (
+        f"Behind {first} stands something whose derivative is exactly 0: round, sign, a comparison, a clamp whose limits are passed, "
+        "or a product with 0.",
+        "Use a smooth stand-in or a straight-through estimator (x + (f(x) - x).detach()), or keep the values inside the clamp.",
+    )
+
+
+def _frozen(finding: Finding, history: History) -> tuple[str, str]:
+    e = finding.evidence
+    if e.get("cleared", 0.0) > 0:
+        return (
+            "zero_grad() runs between backward() and step(), so the optimizer has nothing to step by.",
+            "Call zero_grad() before backward(), or after step().",
+        )
+    if e.get("lr", 1.0) == 0.0:
+        return (
+            "Their learning rate is 0: a parameter group made so, or a scheduler that multiplies by 0.",
+            "Look at optimizer.param_groups and the scheduler's factor; to freeze them, use requires_grad_(False).",
+        )
+    if e.get("half_precision", 0.0) > 0:
+        return (
+            "The weights are kept in half precision, and a step smaller than half their last digit rounds away.",
+            "Keep the weights in float32 and use autocast, or raise the learning rate, or use stochastic rounding.",
+        )
+    return (
+        f"A step at a learning rate of {e.get('lr', 0.0):.2g} is smaller than half the last digit of the weights and rounds away.",
+        "Raise the learning rate; look at what else scales the step (a scheduler, clipping, the loss).",
+    )
+
+
+def _too_large(finding: Finding, history: History) -> tuple[str, str]:
+    rate = finding.evidence.get("lr", 0.0)
+    lower = f" ({rate:.2g} now)" if rate else ""
+    return (
+        "Each step overwrites what was learnt before: the learning rate is too high for the size of these weights.",
+        f"Lower the learning rate{lower} until an update changes about 1e-3 of the weights, and warm it up.",
+    )
+
+
+def _too_small(finding: Finding, history: History) -> tuple[str, str]:
+    e = finding.evidence
+    rate, ratio = e.get("lr", 0.0), e.get("update_ratio", 0.0)
+    if e.get("gradient_ratio", 1.0) < FAINT:
+        return (
+            f"The gradient is {e['gradient_ratio']:.0e} of the weights: next to nothing of the loss gets here, at any usual learning rate.",
+            "Look at what stands between these weights and the loss: a saturated output or critic, a tiny factor, a closed gate.",
+        )
+    factor = f" about {_round(1e-3 / ratio)} times" if ratio > 0 else ""
+    return (
+        f"At a learning rate of {rate:.2g} the steps are too small to change anything.",
+        f"Raise the learning rate{factor}, to where an update changes about 1e-3 of the weights.",
+    )
+
+
+FAINT = 1e-6
+"""Norm of a gradient over that of the weights below which a learning rate would have to be above 100 to change 1e-4 of them."""
+
+
+def _round(factor: float) -> str:
+    return f"1e{round(np.log10(factor))}" if factor >= 1e4 else f"{10 ** round(np.log10(factor))}"
+
+
+def _loss_diverges(finding: Finding, history: History) -> tuple[str, str]:
+    return (
+        "Each step makes it worse: the learning rate is too high, or the sign of a term is wrong.",
+        "Lower the learning rate by 3 to 10 times and warm it up; check that the loss is what is to be made small.",
+    )
+
+
+def _loss_spikes(finding: Finding, history: History) -> tuple[str, str]:
+    return (
+        "One batch is far from all others: an outlier, a wrong label, or data that were scaled in another way.",
+        "Look at the batch of this update; clip the gradient norm (clip=1.0) or use a robust loss (smooth_l1_loss).",
+    )
+
+
+def _loss_stays(finding: Finding, history: History) -> tuple[str, str]:
+    if finding.evidence.get("broadcast", 0.0) > 0:
+        return (
+            "The prediction and the target have different shapes and were broadcast: every output is compared with every target.",
+            "Give both the same shape: pred.squeeze(-1), or target.unsqueeze(-1).",
+        )
+    return (
+        "The outputs tell nothing of the targets: labels that do not belong to the inputs, a wrong learning rate, or information lost "
+        "on the way.",
+        "Check that inputs and labels match after shuffling, try to overfit one batch, and try learning rates 10 times higher and lower.",
+    )
+
+
+def _squashed(finding: Finding, history: History) -> tuple[str, str]:
+    function = history.meta.squashed or "softmax"
+    criterion = "cross_entropy" if function == "softmax" else "binary_cross_entropy_with_logits"
+    return (
+        f"{criterion} takes logits and applies the {function} itself; of values between 0 and 1 it makes nearly equal probabilities.",
+        f"Leave out the {function}: give the loss the logits, and apply it where you predict.",
+    )
+
+
+def _poor_init(finding: Finding, history: History) -> tuple[str, str]:
+    if "first_loss" in finding.evidence:
+        return (
+            f"The weights of {finding.layers[0] or 'the model' if finding.layers else 'the last layer'} are so large that the network "
+            "begins certain and wrong.",
+            "Initialise with PyTorch's default or kaiming_normal_, the last layer and tied embeddings small (std 0.02).",
+        )
+    return (
+        "Units with the same weights compute the same, get the same gradient and stay the same: the layer is as wide as one.",
+        "Initialise with kaiming_normal_ or xavier_normal_; constants are for biases and normalisations.",
+    )
+
+
+def _unnormalized(finding: Finding, history: History) -> tuple[str, str]:
+    return (
+        "Inputs of this size drive the first layers far out of the range that their initialisation is made for.",
+        "Subtract the mean and divide by the standard deviation of the training data, or begin the model with a normalisation.",
+    )
+
+
 def _activations(history: History) -> Counter[str]:
     return Counter(fact.activation for fact in history.meta.layers if fact.activation)
 
@@ -338,6 +463,16 @@ def _times(ratio: float) -> str:
 
 
 _WORDS: dict[str, Callable[[Finding, History], tuple[str, str]]] = {
+    "double_softmax": _squashed,
+    "poor_init": _poor_init,
+    "unnormalized_input": _unnormalized,
+    "zero_gradient": _zero,
+    "frozen_weights": _frozen,
+    "update_ratio_too_large": _too_large,
+    "update_ratio_too_small": _too_small,
+    "loss_diverging": _loss_diverges,
+    "loss_spike": _loss_spikes,
+    "loss_plateau": _loss_stays,
     "non_finite_input": _input,
     "non_finite_activation": _activation,
     "dead_units": _dead,

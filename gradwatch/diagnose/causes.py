@@ -19,12 +19,14 @@ CAUSES: tuple[tuple[str, ...], ...] = (
     ("non_finite_loss",),
     ("non_finite_gradient",),
     ("gradients_not_zeroed",),
-    ("double_softmax", "unnormalized_input", "poor_init", "dead_units", "saturated_activation"),
+    ("double_softmax", "unnormalized_input"),
+    ("poor_init",),
+    ("dead_units", "saturated_activation"),
     ("exploding_gradient",),
     ("gradient_spike",),
     ("vanishing_gradient",),
     ("zero_gradient",),
-    ("update_ratio_too_large", "update_ratio_too_small"),
+    ("frozen_weights", "update_ratio_too_large", "update_ratio_too_small"),
     ("loss_diverging", "loss_spike", "loss_plateau"),
 )
 """Rules, causes before their consequences."""
@@ -34,9 +36,15 @@ RANK = {rule: rank for rank, rules in enumerate(CAUSES) for rule in rules}
 POISON = frozenset(name for names in CAUSES[:5] for name in names)
 """NaN and Inf: a bad value travels from one into the next."""
 
+FROM_START = frozenset({"unnormalized_input", "poor_init"})
+"""What is wrong from the first update and proved by many: what came of it in between may have been told before."""
+
 # An activation that passes nothing starves what runs before it, under other names; and what is starved may die of it.
 _BLOCKS = frozenset({"dead_units", "saturated_activation"})
 _STARVED = frozenset({"vanishing_gradient", "zero_gradient"})
+SYMPTOM = "loss_plateau"
+"""What every other fault looks like from outside."""
+
 # What is looked at in some updates only, and what is told of every update.
 _SEEN_IN_LOOKS = frozenset({"non_finite_input", "non_finite_activation"})
 _SEEN_AT_ONCE = frozenset({"non_finite_loss", "non_finite_gradient"})
@@ -66,7 +74,10 @@ def touches(cause: Alert | Finding, consequence: Alert | Finding, history: Histo
 
 
 def dies_of_it(cause: Alert, consequence: Finding, history: History) -> bool:
-    """Whether an activation passes nothing because what feeds it was starved before."""
+    """Whether an activation passes nothing because what feeds it was starved before; or a layer is starved because steps that replace the
+    weights made them so."""
+    if cause.rule == "update_ratio_too_large" and consequence.rule in _STARVED:
+        return cause.step <= consequence.step and overlap(cause.layers, consequence.layers)
     starved = cause.rule in _STARVED and consequence.rule in _BLOCKS and cause.step < earliest(consequence, history)
     return starved and starts_before(history.meta, cause.parameters, consequence.layers)
 
@@ -131,7 +142,14 @@ def _up_to_the_next(cause: Alert | Finding, consequence: Alert | Finding, histor
     return lies_before(meta, consequence.parameters, layers)
 
 
+def _anywhere(cause: Alert | Finding, consequence: Alert | Finding, history: History) -> bool:
+    """What began wrong spoils the whole model; and where one end of it explodes, the other end is small beside that."""
+    return True
+
+
 _FOLDS = (
+    _Fold(FROM_START, frozenset(name for names in CAUSES[8:] for name in names), _anywhere),
+    _Fold(frozenset({"exploding_gradient"}), frozenset({"vanishing_gradient"}), _anywhere),
     _Fold(_BLOCKS, _STARVED, _before),
     _Fold(frozenset({"dead_units"}), _STARVED, _up_to_the_next),
 )

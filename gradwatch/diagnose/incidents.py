@@ -13,14 +13,14 @@ from math import isfinite
 from typing import Any
 
 from gradwatch.diagnose.advice import explain
-from gradwatch.diagnose.causes import CAUSES, POISON, RANK, dies_of_it, earliest, is_origin, touches
+from gradwatch.diagnose.causes import CAUSES, FROM_START, POISON, RANK, SYMPTOM, dies_of_it, earliest, is_origin, touches
 from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding, Severity
 
 # A spike is one record; what it does to the weights may be told as well, but not instead.
-_EVENTS = frozenset({"gradient_spike"})
+_EVENTS = frozenset({"gradient_spike", "loss_spike"})
 
 
 @dataclass(slots=True)
@@ -131,6 +131,11 @@ class Incidents:
         rank = RANK.get(finding.rule)
         if rank is None:
             return None
+        if finding.rule == SYMPTOM:
+            others = (i for i in self._incidents if i.alert.rule != SYMPTOM and i.alert.severity >= Severity.WARNING)
+            explained = next((i for i in others if i.alert.state == "open"), None)
+            if explained is not None:
+                return explained
         for incident in self._incidents:
             alert = incident.alert
             if alert.state != "open" or alert.rule not in RANK:
@@ -188,7 +193,8 @@ class Incidents:
             for i, other in enumerate(self._incidents)
             if rank < RANK.get(other.alert.rule, -1)
             and other.alert.rule not in _EVENTS
-            and incident.earliest - 1 <= other.alert.step <= cause.step + 1
+            and incident.earliest - 1 <= other.alert.step
+            and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START)
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
             and bool(other.alert.layers) == bool(cause.layers)

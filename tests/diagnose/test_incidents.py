@@ -277,7 +277,7 @@ def test_turns_are_never_far_apart_and_see_every_part_of_a_loop_that_repeats_its
 def test_no_rules_say_nothing() -> None:
     incidents = Incidents((), notice=lambda text: None)
     assert incidents.judge(History(chain(2))) == ()
-    assert len(default_rules()) == 15
+    assert len(default_rules()) == 25
 
 
 def test_a_rule_may_return_nothing_and_name_one_layer_by_its_name() -> None:

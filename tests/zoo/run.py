@@ -41,7 +41,7 @@ def listen(case: Case, seed: int) -> Heard:
     if watch is None:
         return Heard(error=error)
     alarms = [_alarm(alert, told) for alert in watch.alerts if alert.severity >= Severity.WARNING]
-    owners = tuple(dict.fromkeys(p.layer for p in watch.history.meta.parameters))
+    owners = tuple(dict.fromkeys(p.layer for p in watch.history.meta.parameters if p.trainable))
     return Heard(tuple(sorted(alarms, key=lambda a: a.sent)), owners, tuple(watch.notices), error)
 
 

@@ -21,6 +21,10 @@ DEAD = 0.95
 """Share of dead units from which it is a fault. Healthy networks (MLPs of 4 to 512 units, CNNs; SGD and Adam from 1e-3 to 0.1) reach
 0.61; one that Adam trains at 0.1, with a loss of 0.65 where 0.01 gives 0.1, reaches 0.89 (measured). Planted faults have 1.0."""
 
+DEAD_FROM_START = 0.75
+"""The same of units that have never fired since the first look, while as much of the output has been flat in every look. Healthy networks
+have up to 0.55 by update 16 (plain MLPs of 10 to 12 layers; measured), units that were initialised dead 0.83 and more."""
+
 FLAT_TOO = 0.9
 """Share of the output that lies in the flat part of a layer whose units are dead. A smooth rectifier (GELU) whose inputs are tiny is
 silent and steep: then it is nearly 0."""
@@ -83,9 +87,10 @@ def dead_units(history: History) -> Iterator[Finding]:
     """Nearly all units of an activation have fired for no input over a window of looks, or all are silent in look after look.
 
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
-    least `DEAD` and `FLAT_TOO` of its output is flat; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
-    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
-    activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
+    least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START`, and as much of its output has been flat
+    in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks in a row, which needs no
+    32 of them. Names the activation, or the module that a function follows, the first to run first. Of one activation that stands in
+    several places each is judged by itself: it is named with the module before it where it is sick.
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
     """
@@ -93,15 +98,20 @@ def dead_units(history: History) -> Iterator[Finding]:
         return
     flat = history.recent("saturated_fraction", 1)[0]
     # Comparisons with what was not observed are False.
-    if not (flat >= FLAT_TOO).any():
+    if not (flat >= DEAD_FROM_START).any():
         return
     dead = history.recent("dead_fraction", 1)[0]
     silent = (flat >= SILENT) & (_kinds(history.meta).rectifier | (dead == dead))
     sick = (dead >= DEAD) & (flat >= FLAT_TOO)
-    if not (sick.any() or silent.any()):
+    maybe = (dead >= DEAD_FROM_START) & (flat >= DEAD_FROM_START)
+    if not (maybe.any() or silent.any()):
         return
-    looks = _Looks.of(history, np.flatnonzero(sick | silent))
+    looks = _Looks.of(history, np.flatnonzero(maybe | silent))
+    ever = looks.run(DEAD_FROM_START)
+    sick[looks.layers] |= maybe[looks.layers] & ever.whole & ever.lasts
     looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
+    if not looks.layers.size:
+        return
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
@@ -111,7 +121,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     yield Finding(
         "dead_units",
         Severity.WARNING,
-        looks.run(np.where(sick[layers], FLAT_TOO, SILENT)).since(looks),
+        looks.run(np.where(sick[layers], np.where(flat[layers] >= FLAT_TOO, FLAT_TOO, DEAD_FROM_START), SILENT)).since(looks),
         layers=names,
         message=f"{float(share.min()):.0%} of the units of {called} fire for no input",
         evidence={"dead_fraction": float(share.min()), "saturated_fraction": float(flat[layers].min()), "layers": len(layers)},

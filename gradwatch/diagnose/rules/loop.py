@@ -129,10 +129,12 @@ def missing_gradient(history: History) -> Iterator[Finding]:
         return
     whole = idle & _idle_modules(meta, idle)
     lists, never = lists_of(meta), b.reached == 0
+    # Of experts some are reached; a list none of which ever was is no list of experts.
+    waits = lists.equals & never & lists.others(~never)
     expert = whole & _experts(history, lists)
     due = (b.missed >= MISSED_UNCALLED) | (never & history.ended)
     calls = _calls(history, idle, window)
-    open_ = whole & ~expert & ~due & ~(lists.equals & never)
+    open_ = whole & ~expert & ~due & ~waits
     alarms = (whole & ~expert & due) | (open_ & ~(never & (calls == 0.0)))
     notes = (idle & ~whole) | expert
     for masks, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):

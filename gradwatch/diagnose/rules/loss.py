@@ -17,6 +17,25 @@ IMPROVED = 0.9
 """Of its first values: a loss below improves. Batch noise on the zoo moves the median of ten by 5 % (measured)."""
 
 
+def has_learnt(history: History) -> bool:
+    """Whether the last losses lie below what the run began with, before its first step, and below that of the best constant output.
+
+    A loss that has been lost has learnt nothing; where none is known this is True.
+    """
+    b = history.baselines
+    if not b.first_losses.size:
+        return not b.losses.size or bool(np.isnan(history.recent("loss_terms", 1)[0]))
+    recent = b.losses[-WINDOW // 2 :]
+    recent = recent[np.isfinite(recent)]
+    if not recent.size:
+        return False
+    terms = float(history.recent("loss_terms", 1)[0])
+    limits = [float(b.first_losses[0])] + ([history.meta.guess * terms] if history.meta.guess * terms > 0 else [])
+    if min(limits) <= 0:
+        return True
+    return median(recent) < IMPROVED * min(limits)
+
+
 class Progress(enum.Enum):
     """What the last ten losses are, compared with the first ten."""
 

@@ -16,6 +16,7 @@ from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
 from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
 from gradwatch.diagnose.rules.window import Window, window_of
+from gradwatch.diagnose.rules.zero import UNDERFLOW
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
 
@@ -94,7 +95,8 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
 
     Ignored: everything while the loss is low (design: below 1/20 of its first values); a fall that closes fast enough (`RECOVERY`);
     the share of the fall that a matrix explains which began at exactly zero and has not grown yet (zero-initialised heads); a branch
-    with a head of its own, for its loss may just weigh less; the absolute size of anything.
+    with a head of its own, for its loss may just weigh less; a gradient that is exactly zero all at once (`zero_gradient`); the absolute
+    size of anything.
     """
     if not len(history) or bool(history.recent("skipped", 1)[0]):
         return
@@ -109,7 +111,7 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     state = progress(history)
     if state is Progress.LOW:
         return
-    falls = list(_falls(window, state is Progress.STUCK)) if deep else []
+    falls = [fall for fall in _falls(window, state is Progress.STUCK) if not _is_cut(window, fall)] if deep else []
     if falls:
         yield _by_depth(history, window, falls)
         return
@@ -185,6 +187,12 @@ def _largest_so_far(level: NDArray[np.float64], branch: NDArray[np.int64]) -> ND
     lift = 1e4 * branch
     largest: NDArray[np.float64] = np.maximum.accumulate(level + lift) - lift
     return largest
+
+
+def _is_cut(window: Window, fall: _Fall) -> bool:
+    """Nothing at all arrives in any of its matrices, and right behind them it is not nearly nothing: that is `zero_gradient`."""
+    matrices = fall.whole[window.layout.matrix[fall.whole]]
+    return bool((window.level[matrices] <= NOTHING).all() and window.level[fall.stop :].max() > np.log10(UNDERFLOW))
 
 
 def _fall_in(window: Window, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
@@ -356,8 +364,8 @@ def _stuck(history: History, window: Window) -> Finding | None:
     high = window.logs[-LASTING:].max(axis=0)
     peers = median(window.logs[-LASTING:, matrix].max(axis=1))
     early = layout.take(b.early).astype(float) / DECADE
-    # Exactly zero from the start on is another fault's business (or none: attention over a single token).
-    low = (high <= np.maximum(peers, early) - STUCK) & (early > -40)
+    # Exactly zero is another rule's business (or nobody's: attention over a single token).
+    low = (high <= np.maximum(peers, early) - STUCK) & (early > -40) & (high > NOTHING)
     rising = window.logs[WINDOW // 2 :].mean(axis=0) - window.logs[: WINDOW // 2].mean(axis=0) > 0.2
     sick = still & low & ~rising & (moving >= 1e3 * np.maximum(ratio, 1e-12))
     # The layer as a whole: all its matrices, and all of what it stands among if that is a module of its own: under SGD the queries and
@@ -370,13 +378,13 @@ def _stuck(history: History, window: Window) -> Finding | None:
     places = np.flatnonzero(members(layout.layer[sick], layout.layers)[layout.layer])
     places = places[np.argsort(window.late[places], kind="stable")]
     worst = float(window.late[sick].min())
-    part = 0.0 if worst <= NOTHING else 10.0 ** (worst - peers)
+    part = 10.0 ** (worst - peers)
     return Finding(
         "vanishing_gradient",
         Severity.WARNING,
         _stuck_since(history, window, sick, peers),
         parameters=named(history.meta, window.layout.columns[places]),
-        message=f"the gradient is {f'{_power(part)} of the largest' if part else 'exactly zero'} and the weights do not move",
+        message=f"the gradient is {_power(part)} of the largest and the weights do not move",
         evidence={
             "ratio": part,
             "grad_norm": _norm(worst),

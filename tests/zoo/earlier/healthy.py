@@ -734,12 +734,6 @@ def _(seed: int) -> Setup:
     return fit(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
 
 
-@healthy("lr_too_small_for_anything")
-def _(seed: int) -> Setup:
-    model = mlp(nn.ReLU, 3, 64)
-    return fit(model, classify(model, Blobs(seed)), torch.optim.SGD(model.parameters(), 1e-7))
-
-
 @healthy("attention_separate_qkv_sgd")
 def _(seed: int) -> Setup:
     model = GPT(tied=False, blocks=6, init=0.02)

@@ -587,3 +587,9 @@ def _(seed: int) -> Setup:
             yield "step", []
 
     return Setup(model, train)
+
+
+@sick("lr_too_small_for_anything", ("update_ratio_too_small",))
+def _(seed: int) -> Setup:
+    model = mlp(nn.ReLU, 3, 64)
+    return fit(model, classify(model, Blobs(seed)), torch.optim.SGD(model.parameters(), 1e-7))

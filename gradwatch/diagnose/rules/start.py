@@ -1,0 +1,270 @@
+"""What is wrong from the first update: initialisation, inputs, and a loss that normalises twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW, ZERO
+from gradwatch.diagnose.arrays import median
+from gradwatch.diagnose.execution import execution_of
+from gradwatch.diagnose.naming import named
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.rule import patient, persistent
+from gradwatch.facts import ParameterFact
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+FAR_FROM_A_GUESS = 10.0
+"""Times the loss of the best constant output that the first loss is, from which the last layer was made far too large. The usual
+initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
+deviation of 5 over 10 classes at 4."""
+
+STILL_FAR = 3.0
+"""The same of the median of the last losses, at update 10: what training has put right by then is no fault any more."""
+
+LARGE_GAIN = 1.5
+"""Factor by which a matrix enlarges what passes it from which its size is at fault; He's initialisation has 1.4, for ReLU."""
+
+LARGE = 20.0
+"""Root mean square of the inputs from which they are not normalised: normalised data have 1, pictures in 0 to 1 have 0.6, pictures in 0
+to 255 have 100 to 150, and calendar years 2,000."""
+
+ARRIVES = 0.1
+"""Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
+give 0.3 to 3 times that; divided by 255 they give 0.004."""
+
+PATIENCE = 14
+"""Updates before that is judged: a network that copes with such inputs may need a few."""
+
+LAST = 3
+"""Looks, the last ones, whose median counts."""
+
+
+def double_softmax(history: History) -> Iterator[Finding]:
+    """What the loss takes for logits is the output of a softmax already; or of a sigmoid, for a loss with logits.
+
+    The autograd graph of the first backward shows it: below `LogSoftmaxBackward0` (`cross_entropy`, `log_softmax`) stands
+    `SoftmaxBackward0`, and between the two nothing but views, selections, concatenations and clamps; or `SigmoidBackward0` below
+    `BinaryCrossEntropyWithLogitsBackward0`. Logits between 0 and 1 let the probability of one class of C rise to e / (e + C - 1) at
+    most: 0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that is the loss's code.
+
+    Ignored: attention and gates, whose softmax is followed by arithmetic; a log-softmax of logarithms, which changes nothing; what runs
+    in compiled code.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Softmax(-1))
+        >>> with GradWatch(model):
+        ...     nn.CrossEntropyLoss()(model(x), y).backward()
+    """
+    meta = history.meta
+    if not meta.squashed or not len(history):
+        return
+    classes = _classes(history)
+    function = meta.squashed
+    if function == "softmax" and classes > 1:
+        ceiling = f": no class can get more than {np.e / (np.e + classes - 1):.0%}"
+        evidence = {"classes": float(classes), "highest_probability": float(np.e / (np.e + classes - 1))}
+    else:
+        ceiling, evidence = "", {}
+    where = meta.squashed_by or "the model's output"
+    yield Finding(
+        "double_softmax",
+        Severity.WARNING,
+        0,
+        layers=(meta.squashed_by,),
+        message=f"the loss applies a {function} to the {function} of {where}{ceiling}",
+        evidence=evidence,
+    )
+
+
+@patient
+@persistent(WINDOW)
+def poor_init(history: History) -> Iterator[Finding]:
+    """Weights that began so that they cannot learn, or outputs that began far from every sensible one.
+
+    *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
+    though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
+    exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
+    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, and the median of the last ten is `STILL_FAR`
+    times it.
+
+    Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
+    optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
+
+    Example:
+        >>> for p in model.parameters():
+        ...     nn.init.constant_(p, 0.1)
+        >>> with GradWatch(model):
+        ...     train(model)
+    """
+    if not len(history) or history.recorded < WINDOW:
+        return
+    finding = _symmetric(history) or _far_from_a_guess(history)
+    if finding is not None:
+        yield finding
+
+
+@patient
+@persistent(WINDOW)
+def unnormalized_input(history: History) -> Iterator[Finding]:
+    """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it does not learn.
+
+    With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
+    output of a layer that reads them is as large for its weights; and the last losses are not below what the run began with, or not
+    below that of the best constant output; or the inputs were a `LARGE`th of that before. Names the root.
+
+    Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
+    the same.
+
+    Example:
+        >>> images = torch.randint(0, 256, (64, 784)).float()
+        >>> with GradWatch(mlp):
+        ...     train(mlp, images, labels)
+    """
+    if not len(history) or history.recorded < (WINDOW if history.ended else PATIENCE):
+        return
+    mean, std = history.recent("input_mean", WINDOW), history.recent("input_std", WINDOW)
+    looked = np.isfinite(mean) & np.isfinite(std)
+    if not looked.any():
+        return
+    size = float(np.median(np.hypot(mean[looked].astype(float), std[looked].astype(float))[-LAST:]))
+    if not size >= LARGE:
+        return
+    since, before = _since(history, size)
+    if not (before > 0 and size >= LARGE * before) and has_learnt(history):
+        return
+    reader = _reader(history, size)
+    if reader is None:
+        return
+    m, s = float(np.median(mean[looked][-LAST:])), float(np.median(std[looked][-LAST:]))
+    then = f", {size / before:.2g} times the size they had before" if since and before > 0 else ", and the loss does not improve"
+    yield Finding(
+        "unnormalized_input",
+        Severity.WARNING,
+        since,
+        layers=(history.layers[execution_of(history.meta).root[reader]],),
+        message=f"the inputs have a mean of {m:.3g} and a standard deviation of {s:.3g}{then}",
+        evidence={"input_mean": m, "input_std": s, "input_rms": size, "input_rms_before": before},
+    )
+
+
+def _since(history: History, size: float) -> tuple[int, float]:
+    """The first kept update since when the inputs have been that large, and the median of their size before; 0 and NaN from the start."""
+    sizes = np.hypot(history.stat("input_mean").astype(float), history.stat("input_std").astype(float))
+    steps = history.steps[np.isfinite(sizes)]
+    sizes = sizes[np.isfinite(sizes)]
+    small = np.flatnonzero(sizes < size / LARGE)
+    if not small.size or small[-1] + 1 >= len(sizes):
+        return 0, float("nan")
+    return int(steps[small[-1] + 1]), float(np.median(sizes[: small[-1] + 1]))
+
+
+def _classes(history: History) -> int:
+    heads = [fact for fact in history.meta.layers if fact.role == "head"]
+    names = {fact.name for fact in heads}
+    rows = {fact.shape[0] for fact in history.meta.parameters if fact.layer in names and len(fact.shape) >= 2}
+    return rows.pop() if len(rows) == 1 else 0
+
+
+def _symmetric(history: History) -> Finding | None:
+    meta, b = history.meta, history.baselines
+    if not meta.still_equal.any():
+        return None
+    sick = meta.still_equal & meta.trainable & (b.stepped >= WINDOW // 2) & (b.seen >= WINDOW // 2)
+    if not sick.any():
+        return None
+    nothing = (b.first <= ZERO).all(axis=0) & (b.last <= ZERO).all(axis=0)
+    sick &= ~nothing | (meta.blank & (progress(history) is Progress.STUCK))
+    columns = np.flatnonzero(sick)
+    if not columns.size:
+        return None
+    columns = columns[np.argsort(np.where(np.isfinite(meta.order[columns]), meta.order[columns], np.inf), kind="stable")]
+    facts = [meta.parameters[i] for i in columns]
+    units = max(fact.shape[0] for fact in facts)
+    of = f"{len(facts)} matrices" if len(facts) > 1 else facts[0].name
+    zero = bool(meta.blank[columns].all())
+    return Finding(
+        "poor_init",
+        Severity.WARNING,
+        0,
+        parameters=named(meta, columns),
+        message=f"all {units} rows of {of} began {'at zero' if zero else 'equal'} and are equal still: they act as one unit"
+        if len(facts) == 1
+        else f"the rows of {of} began {'at zero' if zero else 'equal'} and are equal still: each acts as one unit",
+        evidence={"matrices": len(facts), "rows": units, "zero": float(zero)},
+    )
+
+
+def _far_from_a_guess(history: History) -> Finding | None:
+    meta, b = history.meta, history.baselines
+    if meta.criterion != "cross_entropy" or not meta.guess > 0 or not b.first_losses.size:
+        return None
+    terms = float(history.recent("loss_terms", 1)[0])
+    guess = meta.guess * max(1.0, terms)
+    first = float(b.first_losses[0])
+    if not first >= FAR_FROM_A_GUESS * guess:
+        return None
+    recent = b.losses[-WINDOW:]
+    recent = recent[np.isfinite(recent)]
+    if recent.size and not median(recent) >= STILL_FAR * guess:
+        return None
+    large = _large(history)
+    return Finding(
+        "poor_init",
+        Severity.WARNING,
+        0,
+        parameters=named(meta, large),
+        message=f"the first loss was {first:.3g}, {first / guess:.2g} times that of a guess ({guess:.2g})",
+        evidence={"first_loss": first, "guess": guess},
+    )
+
+
+def _large(history: History) -> NDArray[np.int64]:
+    """The matrices that began `LARGE_GAIN` times as large as keeps the scale of what passes them, the largest first; else the last one."""
+    meta = history.meta
+    gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
+    large = np.flatnonzero(gains >= LARGE_GAIN)
+    if large.size:
+        return large[np.argsort(-gains[large], kind="stable")]
+    heads = {fact.name for fact in meta.layers if fact.role == "head"}
+    return np.array([i for i, fact in enumerate(meta.parameters) if fact.trainable and fact.layer in heads], np.int64)
+
+
+def _gain(fact: ParameterFact) -> float:
+    """What a matrix did to the scale of independent inputs when the watch began."""
+    return fact.init_rms * float(np.sqrt(np.prod(fact.shape[1:]))) if len(fact.shape) >= 2 else float("nan")
+
+
+def _reader(history: History, size: float) -> int | None:
+    """A layer that reads the data, is no normalisation, and gives an output as large as inputs of that size make it."""
+    meta = history.meta
+    rms = history.recent("activation_rms", WINDOW)
+    looked = np.flatnonzero(np.isfinite(rms).any(axis=1))
+    if not looked.size:
+        return None
+    first = rms[looked[-1]].astype(float)
+    for column, fact in enumerate(meta.layers):
+        if fact.role != "input" or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
+            continue
+        scales = [_scale(history, i) for i, p in enumerate(meta.parameters) if p.layer == fact.name and len(p.shape) >= 2]
+        scale = max((each for each in scales if np.isfinite(each)), default=0.0)
+        if scale > 0 and first[column] >= ARRIVES * scale * size:
+            return column
+    return None
+
+
+def _is_normalised_next(history: History, column: int) -> bool:
+    """Whether the module that runs right behind one is a normalisation, to which the scale of what it is given is all the same."""
+    meta, execution = history.meta, execution_of(history.meta)
+    inner = execution.sorted(np.flatnonzero(execution.inner))
+    at = np.flatnonzero(inner == column)
+    return bool(at.size and at[0] + 1 < len(inner) and meta.layers[inner[at[0] + 1]].kind == "normalization")
+
+
+def _scale(history: History, column: int) -> float:
+    """What a matrix does to the scale of independent inputs of mean 0."""
+    rows = max(1, history.meta.parameters[column].shape[0])
+    return float(history.baselines.weight_norm[column]) / float(np.sqrt(rows))

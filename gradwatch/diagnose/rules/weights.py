@@ -1,0 +1,270 @@
+"""Steps that change too little or too much of the weights, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW, ZERO
+from gradwatch.diagnose.arrays import DECADE, median
+from gradwatch.diagnose.naming import layers_of, named
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.rule import patient, persistent, sampled
+from gradwatch.history import History
+from gradwatch.records import Finding, GradState, Severity
+
+UNCHANGED = 9
+"""Looks in a row, each after a step, that found every bit as it was: the tenth update is the earliest at which a rule speaks, and a
+large parameter is looked at whole from its third one on."""
+
+END_OF_SCHEDULE = 1e-2
+"""Part of its largest learning rate below which a schedule is over: a cosine is there for the last 6 % of a run, and rounds away at 1e-5 of
+it, in the last 0.2 %."""
+
+AT_ONCE = 2.0
+"""Update ratio of one update with which the weights are others than before: Adam's first step is the learning rate for each element, 0.1
+of weights of 0.01 to 0.1; least squares under SGD peak at 0.6 (design), from tiny weights at 5, and converge (measured)."""
+
+SUSTAINED = 0.3
+"""Median update ratio of the last looks. Healthy AdamW runs begin near 0.1 and stay above 0.03 for tens of updates (design)."""
+
+NEGLIGIBLE = 1e-6
+"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 0.1 %.
+The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5."""
+
+STARVED = 3.0
+"""Decades that a gradient lies below its own first ones from which that it no longer moves anything is no news: it has converged, or
+vanished, and that is told elsewhere."""
+
+MOVES = 1e-5
+"""Update ratio of any single parameter, vectors and those that began at zero included, from which the optimizer does change something."""
+
+LOOKS = 10
+"""Looks that a sustained ratio rests on."""
+
+
+@patient
+@persistent(WINDOW)
+def frozen_weights(history: History) -> Iterator[Finding]:
+    """A parameter has a gradient, its optimizer steps, and not one bit of it changes.
+
+    Yields when its last `UNCHANGED` looks after a step of its owner found all elements, compared one by one, bit for bit what they were
+    before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, and is not `STARVED`; or was cleared before
+    the step. WARNING where a matrix is among them, INFO where only vectors are.
+
+    Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
+    `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
+    the loss is low.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.bfloat16().parameters(), lr=1e-6)
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
+    """
+    b, meta = history.baselines, history.meta
+    if not (b.same >= UNCHANGED).any():
+        return
+    cleared = (history.recent("grad_state", 1)[0] & np.uint8(GradState.CLEARED)) != 0
+    sick = (b.same >= UNCHANGED) & meta.trainable
+    if not sick.any() or progress(history) is Progress.LOW:
+        return
+    sick &= ((b.last > ZERO).all(axis=0) & (b.level() > b.early - STARVED * DECADE)) | cleared
+    columns = np.flatnonzero(sick)
+    if not columns.size:
+        return
+    lr = history.recent("lr", None)[:, columns]
+    with np.errstate(invalid="ignore"):
+        over = (b.lr[columns] < END_OF_SCHEDULE * np.fmax.reduce(lr, axis=0)) & (b.lr[columns] > 0.0)
+    columns = columns[~over]
+    if not columns.size:
+        return
+    matrices = int((meta.ndim[columns] >= 2).sum())
+    rate = float(b.lr[columns].max()) if np.isfinite(b.lr[columns]).any() else float("nan")
+    gone = int(cleared[columns].sum())
+    why = "the gradients were cleared before it" if gone == len(columns) else f"the learning rate is {rate:.2g}"
+    what = f"{len(columns)} parameters" if len(columns) > 1 else meta.parameters[columns[0]].name
+    yield Finding(
+        "frozen_weights",
+        Severity.WARNING if matrices else Severity.INFO,
+        _since_the_same(history, columns),
+        parameters=named(meta, columns),
+        message=f"no step changes a bit of {what}, though gradients reach {'them' if len(columns) > 1 else 'it'}: {why}",
+        evidence={
+            "parameters": len(columns),
+            "matrices": matrices,
+            "lr": rate,
+            "cleared": gone,
+            "half_precision": sum(meta.parameters[i].dtype in ("float16", "bfloat16") for i in columns),
+        },
+    )
+
+
+@sampled
+@persistent(WINDOW)
+def update_ratio_too_large(history: History) -> Iterator[Finding]:
+    """A step replaces the weights instead of changing them.
+
+    With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
+    sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses are
+    not below what the run began with, or not below that of the best constant output. Matrices that began at zero are left out.
+
+    Ignored: vectors; single matrices, which may be small (a bottleneck, a LayerScale); runs that learn all the same.
+
+    Example:
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
+    """
+    if history.recorded < LOOKS or not len(history):
+        return
+    ratio = history.recent("update_ratio", KEPT)
+    if not (ratio[:, history.meta.ndim >= 2] >= SUSTAINED).any():
+        return
+    if has_learnt(history):
+        return
+    for columns in _matrices_by_owner(history):
+        ratios = _ratios(history, columns)
+        if not ratios.size:
+            continue
+        recent = ratios[-LOOKS:]
+        usual = median(recent) if len(recent) == LOOKS else 0.0
+        at_once = float(ratios.max())
+        if not (at_once >= AT_ONCE or usual >= SUSTAINED):
+            continue
+        step = _since_ratio(history, columns, AT_ONCE if usual < SUSTAINED else SUSTAINED)
+        largest = max(at_once, usual)
+        yield Finding(
+            "update_ratio_too_large",
+            Severity.WARNING,
+            step,
+            layers=_layers(history, columns),
+            message=f"an update changes the weights by {largest:.2g} of their size",
+            evidence={"update_ratio": largest, "usual_update_ratio": usual, "lr": _rate(history, columns)},
+        )
+
+
+@patient
+@persistent(WINDOW)
+def update_ratio_too_small(history: History) -> Iterator[Finding]:
+    """Steps have changed next to nothing since the start, and the loss has not improved.
+
+    With `r` as in `update_ratio_too_large`: the largest of all kept looks, `LOOKS` at least, is below `NEGLIGIBLE`, and no single
+    parameter of the optimizer has a ratio of `MOVES`.
+
+    Ignored: a learning rate that still rises (warm-up); a loss that improves or is low; weights of which not a bit changes
+    (`frozen_weights`); a loss that is not known.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
+    """
+    b = history.baselines
+    if not len(history) or history.recorded < LOOKS or progress(history) is not Progress.STUCK:
+        return
+    with np.errstate(invalid="ignore"):
+        if not (b.update_ratio < NEGLIGIBLE).any():
+            return
+    for columns in _matrices_by_owner(history):
+        ratios = _ratios(history, columns)
+        if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
+            continue
+        owner = np.array([fact.owner == history.meta.parameters[columns[0]].owner for fact in history.meta.parameters], bool)
+        if (b.update_ratio[owner] >= MOVES).any():
+            continue
+        ratio = median(ratios[-LOOKS:])
+        yield Finding(
+            "update_ratio_too_small",
+            Severity.WARNING,
+            0,
+            layers=_layers(history, columns),
+            message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
+            evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
+        )
+
+
+def _gradient_ratio(history: History, columns: NDArray[np.int64]) -> float:
+    """Norm of the last gradient of some matrices over that of their weights."""
+    norms = history.recent("grad_norm", 1)[0][columns].astype(float)
+    weights = history.baselines.weight_norm[columns].astype(float)
+    known = np.isfinite(norms) & np.isfinite(weights)
+    below = float(np.square(weights[known]).sum())
+    return float(np.sqrt(np.square(norms[known]).sum() / below)) if below > 0 else float("nan")
+
+
+def _since_the_same(history: History, columns: NDArray[np.int64]) -> int:
+    state = history.recent("grad_state", None)[:, columns]
+    changed = np.flatnonzero(((state & np.uint8(GradState.CHANGED)) != 0).any(axis=1))
+    steps = history.steps
+    if not changed.size:
+        return int(steps[0]) if len(steps) and steps[0] > 0 else 0
+    return int(steps[min(changed[-1] + 1, len(steps) - 1)])
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Columns of the matrices that each optimizer steps, those that began at zero aside."""
+
+    columns: tuple[NDArray[np.int64], ...]
+
+
+def _matrices_by_owner(history: History) -> tuple[NDArray[np.int64], ...]:
+    meta = history.meta
+    kept = meta.derived.get(_Owned)
+    if kept is None:
+        of: dict[str, list[int]] = {}
+        for i, fact in enumerate(meta.parameters):
+            if fact.owner is not None and fact.trainable and len(fact.shape) >= 2 and fact.init_rms != 0.0:
+                of.setdefault(fact.owner, []).append(i)
+        kept = meta.derived[_Owned] = _Owned(tuple(np.array(columns, np.int64) for columns in of.values()))
+    owned: _Owned = kept
+    return owned.columns
+
+
+def _ratios(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The update ratio of some matrices together, in each kept record that looked at them, oldest first."""
+    ratio = history.recent("update_ratio", KEPT)[:, columns].astype(float)
+    weight = history.recent("weight_norm", KEPT)[:, columns].astype(float)
+    known = np.isfinite(ratio) & np.isfinite(weight)
+    looked = known.any(axis=1)
+    ratio, weight = np.where(known, ratio, 0.0)[looked], np.where(known, weight, 0.0)[looked]
+    below = np.square(weight).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        together = np.sqrt(np.square(ratio * weight).sum(axis=1) / below)
+    good: NDArray[np.float64] = together[below > 0]
+    return good
+
+
+KEPT = 64
+"""Records among which looks are taken: those of the dense start."""
+
+
+def _since_ratio(history: History, columns: NDArray[np.int64], least: float) -> int:
+    """The first of the kept updates in which the ratio was so large."""
+    ratio = history.recent("update_ratio", KEPT)[:, columns]
+    with np.errstate(invalid="ignore"):
+        large = np.flatnonzero((ratio >= least).any(axis=1))
+    steps = history.steps[-len(ratio) :]
+    return int(steps[large[0]]) if large.size else int(steps[-1])
+
+
+def _rises(history: History, columns: NDArray[np.int64]) -> bool:
+    lr = history.recent("lr", KEPT)[:, columns].astype(float)
+    seen = np.fmax.reduce(lr, axis=1)
+    seen = seen[np.isfinite(seen)]
+    return bool(seen.size > 1 and seen[-1] > 1.01 * seen[0])
+
+
+def _rate(history: History, columns: NDArray[np.int64]) -> float:
+    rates = history.baselines.lr[columns]
+    return float(np.nanmax(rates)) if np.isfinite(rates).any() else float("nan")
+
+
+def _layers(history: History, columns: NDArray[np.int64]) -> tuple[str, ...]:
+    """The modules of all that the owner of some matrices steps."""
+    meta = history.meta
+    owner = meta.parameters[columns[0]].owner
+    return layers_of(meta, tuple(fact.name for fact in meta.parameters if fact.owner == owner and fact.trainable))

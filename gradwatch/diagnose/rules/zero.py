@@ -1,0 +1,123 @@
+"""Gradients that arrive and are exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.baselines import WINDOW, ZERO
+from gradwatch.diagnose.arrays import members
+from gradwatch.diagnose.lists import lists_of
+from gradwatch.diagnose.naming import named
+from gradwatch.diagnose.rules.layout import Layout, layout_of
+from gradwatch.diagnose.rules.loss import Progress, progress
+from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
+from gradwatch.history import History
+from gradwatch.records import Finding, Severity
+
+UNDERFLOW = 1e-30
+"""Largest gradient right behind a layer whose own is exactly zero at which that is the end of a long fall, and not a cut: float32's
+smallest normal number is 1.2e-38, and a layer takes away a few decades at most."""
+
+
+@patient
+@persistent(WINDOW)
+def zero_gradient(history: History) -> Iterator[Finding]:
+    """A backward pass reaches all parameters of a layer and gives every element of every one of them exactly zero, update after update.
+
+    With `g` the norm of a parameter's gradient: `g = 0` for all trainable parameters of a module that holds a matrix, in the last
+    `WINDOW` records that reached it. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative
+    0, `clamp` has it outside its limits, and so has a product with 0. Names the layers next to the cut first.
+
+    Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
+    behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients (an
+    expert, a branch); vectors alone (the bias of a critic whose losses cancel, keys' biases); the end of a fall by underflow, which is
+    `vanishing_gradient`.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     for x, y in loader:
+        ...         step(head(torch.round(body(x))), y)
+    """
+    b = history.baselines
+    if not len(history) or bool(history.recent("skipped", 1)[0]):
+        return
+    layout = layout_of(history.meta)
+    now = layout.take(history.recent("grad_norm", 1)[0])
+    if not (now == 0.0).any():
+        return
+    zero = (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
+    sick = _whole_layers(layout, zero, now)
+    if not sick.any():
+        return
+    sick &= ~_waits(history, layout, sick) & ~_has_others(history, layout, now)
+    if not (sick & layout.matrix).any() or _nothing_to_learn(history):
+        return
+    places = np.flatnonzero(sick)
+    largest, behind = _behind(layout, now, places)
+    if 0.0 < largest < UNDERFLOW:
+        return
+    columns = layout.columns[places[::-1]]
+    layers = int(members(layout.layer[places], layout.layers).sum())
+    total = int(members(layout.layer[layout.matrix], layout.layers).sum())
+    where = "" if behind is None else f", {largest:.2g} at {history.meta.parameters[layout.columns[behind]].layer or '(model)'}"
+    yield Finding(
+        "zero_gradient",
+        Severity.WARNING,
+        _since(history, layout.columns[places[layout.matrix[places]]]),
+        parameters=named(history.meta, columns),
+        message=f"the gradient is exactly zero in {layers} of {total} layers{where}",
+        evidence={"layers": layers, "layers_in_all": total, "grad_norm": 0.0, "reference_norm": largest},
+    )
+
+
+def _whole_layers(layout: Layout, zero: NDArray[np.bool_], now: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`[N]`: the parameters of modules all of whose observed parameters are zero and that hold a matrix."""
+    alive = members(layout.layer[np.isfinite(now) & ~zero], layout.layers)
+    solid = members(layout.layer[layout.matrix & zero], layout.layers)
+    whole: NDArray[np.bool_] = zero & (solid & ~alive)[layout.layer]
+    return whole
+
+
+def _waits(history: History, layout: Layout, sick: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[N]`: something behind it began at zero and is all zero still, though it gets a gradient: it will be filled."""
+    weights = layout.take(history.baselines.weight_norm)
+    empty = layout.blank & (weights == 0.0) & ~sick
+    waits: NDArray[np.bool_] = np.logical_or.accumulate(empty[::-1])[::-1]
+    return waits
+
+
+def _has_others(history: History, layout: Layout, now: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`[N]`: lies in one of a list of equals, another of which gets a gradient."""
+    lists = lists_of(history.meta)
+    alive = np.zeros(len(history.meta.parameters), bool)
+    alive[layout.columns[now > 0.0]] = True
+    return layout.take(lists.others(alive) | (lists.expert & lists.equals))
+
+
+def _nothing_to_learn(history: History) -> bool:
+    losses = history.baselines.losses[-WINDOW:]
+    losses = losses[np.isfinite(losses)]
+    return bool(losses.size and (losses == 0.0).all()) or progress(history) is Progress.LOW
+
+
+def _behind(layout: Layout, now: NDArray[np.float32], places: NDArray[np.int64]) -> tuple[float, int | None]:
+    """The largest gradient of what runs right behind the sick, and its place; 0 and None where all that runs there is sick too."""
+    later = np.flatnonzero((now > 0.0) & (np.arange(len(now)) > places[-1]))
+    if not later.size:
+        return 0.0, None
+    near = later[layout.layer[later] == layout.layer[later[0]]]
+    best = int(near[np.argmax(now[near])])
+    return float(now[best]), best
+
+
+def _since(history: History, columns: NDArray[np.int64]) -> int:
+    """The first kept record since when all of them have been zero in each record that observed them."""
+    norms = history.recent("grad_norm", looked_back(len(columns)))[:, columns]
+    alive = np.flatnonzero((norms > 0.0).any(axis=1))
+    steps = history.steps[-len(norms) :]
+    if not alive.size:
+        return int(steps[0]) if steps[0] > 0 else 0
+    return int(steps[min(alive[-1] + 1, len(steps) - 1)])
