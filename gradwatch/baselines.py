@@ -27,6 +27,7 @@ ZERO = np.float32(-104.0)
 _REACHED, _STALE, _STEPPED = np.uint8(GradState.REACHED), np.uint8(GradState.STALE), np.uint8(GradState.STEPPED)
 _ASIDE = np.uint8(GradState.ASIDE)
 _CHANGED, _SAME = np.uint8(GradState.CHANGED), np.uint8(GradState.SAME)
+_SAME_AND_REACHED = np.uint8(GradState.SAME | GradState.REACHED)
 _BOTH = int(GradState.REACHED | GradState.STEPPED)
 
 _COLUMNS: dict[str, tuple[str, float]] = {
@@ -171,7 +172,8 @@ class Baselines:
         if self.same.any():
             np.copyto(self.same, np.int32(0), where=(state & _CHANGED) != 0)
         if state.size and int(state.max()) >= _SAME:
-            self.same += (state & _SAME) != 0
+            # What no backward reached is not stepped by most optimizers.
+            self.same += (state & _SAME_AND_REACHED) == _SAME_AND_REACHED
 
     def _count_usual(self, step: int) -> None:
         """All reached and stepped by their owners, nothing stale: what `_count` comes to in most records."""

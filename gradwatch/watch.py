@@ -233,14 +233,16 @@ class GradWatch:
 
     def _finish(self) -> None:
         recorder = self._recorder
-        if recorder is not None:
+        if recorder is None:
+            return
+        # Rules meet any number, here too: the last record may close only now.
+        with np.errstate(all="ignore"):
             recorder.exit()
             self._unfinished += recorder.unfinished
             history = self.history
             history.pending, history.ended = recorder.pending, True
             try:
-                with np.errstate(all="ignore"):
-                    self._judge(history)
+                self._judge(history)
             finally:
                 history.ended = False
 

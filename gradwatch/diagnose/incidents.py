@@ -150,7 +150,9 @@ class Incidents:
                 return incident
             if alert.rule == finding.rule:
                 continue
-            if RANK[alert.rule] < rank and incident.earliest <= finding.step and touches(alert, finding, history):
+            # A step shows in the next record.
+            began = incident.earliest - finding.rule.startswith("update_ratio")
+            if RANK[alert.rule] < rank and began <= finding.step and touches(alert, finding, history):
                 return incident
             if dies_of_it(alert, finding, history):
                 return incident

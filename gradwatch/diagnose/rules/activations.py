@@ -25,6 +25,9 @@ DEAD_FROM_START = 0.75
 """The same of units that have never fired since the first look, while as much of the output has been flat in every look. Healthy networks
 have up to 0.55 by update 16 (plain MLPs of 10 to 12 layers; measured), units that were initialised dead 0.83 and more."""
 
+MANY = 32
+"""Units from which that is counted: of 8 squeezed channels, whose inputs hardly vary, 6 are dead by chance once in seven networks."""
+
 FLAT_TOO = 0.9
 """Share of the output that lies in the flat part of a layer whose units are dead. A smooth rectifier (GELU) whose inputs are tiny is
 silent and steep: then it is nearly 0."""
@@ -87,10 +90,10 @@ def dead_units(history: History) -> Iterator[Finding]:
     """Nearly all units of an activation have fired for no input over a window of looks, or all are silent in look after look.
 
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
-    least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START`, and as much of its output has been flat
-    in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks in a row, which needs no
-    32 of them. Names the activation, or the module that a function follows, the first to run first. Of one activation that stands in
-    several places each is judged by itself: it is named with the module before it where it is sick.
+    least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START` of `MANY` units or more, and as much of
+    its output has been flat in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
+    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
+    activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
     """
@@ -108,7 +111,10 @@ def dead_units(history: History) -> Iterator[Finding]:
         return
     looks = _Looks.of(history, np.flatnonzero(maybe | silent))
     ever = looks.run(DEAD_FROM_START)
-    sick[looks.layers] |= maybe[looks.layers] & ever.whole & ever.lasts
+    long_since = np.flatnonzero(maybe[looks.layers] & ever.whole & ever.lasts & ~sick[looks.layers])
+    if long_since.size:
+        feeders = _Feeders(history)
+        sick[[i for i in looks.layers[long_since].tolist() if feeders.units(i) >= MANY]] = True
     looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
     if not looks.layers.size:
         return
@@ -349,6 +355,13 @@ class _Feeders:
             return int(same[0])
         before = int(np.searchsorted(self._rank[self._ordered], self._rank[layer]))
         return int(self._ordered[before - 1]) if before else -1
+
+    def units(self, layer: int) -> int:
+        """Rows of the largest matrix of the module before it; 0 where that is not known."""
+        feeder = self.of(layer)
+        index = self._history.meta.layer_index
+        shapes = [self._history.meta.parameters[i].shape for i in np.flatnonzero(index == feeder)] if feeder >= 0 else []
+        return max((shape[0] for shape in shapes if len(shape) >= 2), default=0)
 
     def is_hidden(self, layer: int) -> bool:
         """Parameters of the same optimizer are used behind it: what ends a generator is an output, though a critic follows."""

@@ -28,6 +28,13 @@ STILL_FAR = 3.0
 LARGE_GAIN = 1.5
 """Factor by which a matrix enlarges what passes it from which its size is at fault; He's initialisation has 1.4, for ReLU."""
 
+FEW = 3
+"""Such matrices at most: a head, an embedding tied to it, a stem."""
+
+EXPLAINED = 30.0
+"""Times the product of their gains that the first loss may be: a cross-entropy of logits of a standard deviation s is about 1.5 s over C
+classes, and what comes to the head may be a few times as large as usual."""
+
 LARGE = 20.0
 """Root mean square of the inputs from which they are not normalised: normalised data have 1, pictures in 0 to 1 have 0.6, pictures in 0
 to 255 have 100 to 150, and calendar years 2,000."""
@@ -88,8 +95,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
-    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, and the median of the last ten is `STILL_FAR`
-    times it.
+    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it,
+    and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -211,7 +218,9 @@ def _far_from_a_guess(history: History) -> Finding | None:
     recent = recent[np.isfinite(recent)]
     if recent.size and not median(recent) >= STILL_FAR * guess:
         return None
-    large = _large(history)
+    large = _large(history, first / guess)
+    if not large.size:
+        return None
     return Finding(
         "poor_init",
         Severity.WARNING,
@@ -222,15 +231,15 @@ def _far_from_a_guess(history: History) -> Finding | None:
     )
 
 
-def _large(history: History) -> NDArray[np.int64]:
-    """The matrices that began `LARGE_GAIN` times as large as keeps the scale of what passes them, the largest first; else the last one."""
+def _large(history: History, times: float) -> NDArray[np.int64]:
+    """The few matrices that began so large that they explain outputs `times` as large as sensible ones, the largest first; else none."""
     meta = history.meta
     gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
     large = np.flatnonzero(gains >= LARGE_GAIN)
-    if large.size:
-        return large[np.argsort(-gains[large], kind="stable")]
-    heads = {fact.name for fact in meta.layers if fact.role == "head"}
-    return np.array([i for i, fact in enumerate(meta.parameters) if fact.trainable and fact.layer in heads], np.int64)
+    # Many that multiply, or one that is passed many times, make gradients explode, and that is told by its name.
+    if not 0 < large.size <= FEW or times > EXPLAINED * float(np.prod(gains[large])):
+        return large[:0]
+    return large[np.argsort(-gains[large], kind="stable")]
 
 
 def _gain(fact: ParameterFact) -> float:

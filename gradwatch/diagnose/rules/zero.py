@@ -14,6 +14,7 @@ from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
 from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
+from gradwatch.diagnose.tree import ancestors
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -32,9 +33,9 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     0, `clamp` has it outside its limits, and so has a product with 0. Names the layers next to the cut first.
 
     Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
-    behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients (an
-    expert, a branch); vectors alone (the bias of a critic whose losses cancel, keys' biases); the end of a fall by underflow, which is
-    `vanishing_gradient`.
+    behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients
+    (an expert, a branch); queries and keys of an attention whose values get gradients, for a softmax over one key is constant; vectors
+    alone (the bias of a critic whose losses cancel, keys' biases); the end of a fall by underflow, which is `vanishing_gradient`.
 
     Example:
         >>> with GradWatch(model):
@@ -52,7 +53,7 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     sick = _whole_layers(layout, zero, now)
     if not sick.any():
         return
-    sick &= ~_waits(history, layout, sick) & ~_has_others(history, layout, now)
+    sick &= ~_waits(history, layout, sick) & ~_has_others(history, layout, now) & ~_attends_to_one(history, layout, now)
     if not (sick & layout.matrix).any() or _nothing_to_learn(history):
         return
     places = np.flatnonzero(sick)
@@ -95,6 +96,17 @@ def _has_others(history: History, layout: Layout, now: NDArray[np.float32]) -> N
     alive = np.zeros(len(history.meta.parameters), bool)
     alive[layout.columns[now > 0.0]] = True
     return layout.take(lists.others(alive) | (lists.expert & lists.equals))
+
+
+def _attends_to_one(history: History, layout: Layout, now: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`[N]`: lies in an attention of which some other parameter gets a gradient."""
+    attentions = {fact.name for fact in history.meta.layers if "attention" in fact.type.lower() or "attn" in fact.type.lower()}
+    if not attentions:
+        return np.zeros(len(now), bool)
+    layers = [history.meta.parameters[i].layer for i in layout.columns]
+    around = [next((name for name in ancestors(layer) if name in attentions), None) for layer in layers]
+    alive = {name for name, norm in zip(around, now.tolist(), strict=True) if name is not None and norm > 0.0}
+    return np.array([name in alive for name in around], bool)
 
 
 def _nothing_to_learn(history: History) -> bool:

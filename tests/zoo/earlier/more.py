@@ -345,15 +345,6 @@ def _(seed: int) -> Setup:
     return fit(model, loss, torch.optim.Adagrad(model.parameters(), 0.01), 60)
 
 
-@more("dropout_heavy_mlp")
-def _(seed: int) -> Setup:
-    layers: list[nn.Module] = []
-    for a, b in ((16, 128), (128, 128), (128, 128)):
-        layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.8)]
-    model = nn.Sequential(*layers, nn.Linear(128, 4))
-    return fit(model, classify(model, Blobs(seed, batch=8)), torch.optim.SGD(model.parameters(), 0.05), 80)
-
-
 @more("one_cycle_lr_and_clipping")
 def _(seed: int) -> Setup:
     model = ResNet(blocks=5)
