@@ -58,6 +58,11 @@ def finds(rule, severity):
     return found
 
 
+def at_the_end(history):  # once it is detached, not before
+    if history.ended:
+        yield Finding("at_the_end", Severity.WARNING, 0, message="3")
+
+
 error, warning, info = finds("an_error", Severity.ERROR), finds("a_warning", Severity.WARNING), finds("an_info", Severity.INFO)
 
 
@@ -176,8 +181,18 @@ def test_never_entered(gradwatch):
 
 def test_still_attached(gradwatch):
     model = Small()
-    gradwatch(model, rules=[warning]).attach()
+    gradwatch(model, rules=[at_the_end]).attach()
     train(model, 2)
+
+
+@pytest.fixture
+def failing(gradwatch):
+    gradwatch(Small()).attach()
+    raise LookupError("the fixture's own")
+
+
+def test_never_begun(failing):
+    pass
 
 
 def test_it_is_not_afterwards():
@@ -252,6 +267,7 @@ OUTCOMES = {
     "twice": "PASSED",
     "never_entered": "PASSED",
     "still_attached": "FAILED",
+    "never_begun": "ERROR",
     "it_is_not_afterwards": "PASSED",
     "block_around_the_test": "FAILED",
     "exception_in_a_block_around_the_test": "FAILED",
@@ -310,10 +326,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 
 def test_a_test_fails_for_alerts_that_are_not_allowed_and_for_nothing_else(session: Session) -> None:
-    """And none is an error, at setup or teardown."""
+    """And none is an error at teardown."""
     assert session.outcomes == OUTCOMES, session.output
     assert "1 skipped" in session.output
-    assert " error" not in session.output.splitlines()[-1]
+    assert "1 error in " in session.output.splitlines()[-1], "the fixture of the test's own"
 
 
 def test_a_failure_names_model_rule_layer_cause_and_remedy(session: Session) -> None:
@@ -376,6 +392,7 @@ def test_an_unknown_rule_is_an_error_at_the_call_that_lists_the_rules(session: S
     assert "ValueError: gradwatch(allow=...): there is no rule 'dead_unit'; there are an_error, " in report
     assert "dead_units" in report
     assert "def _allowed" not in report
+    assert "rules_of(watch)" not in report
 
 
 def test_each_watch_is_told_by_its_model(session: Session) -> None:
