@@ -648,7 +648,17 @@ class GradWatch:
         return self._spent / updates, self._spent / elapsed if elapsed > 0 else None
 
 
-# -- for the scout, which looks after watches that nobody asked for; no part of the public interface -----------------------------------
+# -- for the scout and the pytest fixture, which look after watches; no part of the public interface -----------------------------------
+
+
+def is_attached(watch: GradWatch) -> bool:
+    """The watch is watching now."""
+    return watch._attached
+
+
+def rules_of(watch: GradWatch) -> tuple[str, ...]:
+    """Names of the rules that a watch goes by."""
+    return tuple(map(name_of, watch._rules))
 
 
 def watched_parameters(watch: GradWatch) -> set[int]:
@@ -672,6 +682,7 @@ def verdict_of(watch: GradWatch) -> list[str]:
         unfinished=watch._unfinished,
         notices=len(watch._notices),
         stopped_by=watch._stopped_by,
+        attached=watch._started is not None,
     )
 
 

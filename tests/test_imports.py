@@ -85,6 +85,7 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
         ("protect.actor", "from gradwatch.diagnose import incidents"),
         ("clip.learnt", "from gradwatch.protect import actor"),
         ("clock", "from torch import Tensor"),
+        ("present.report", "from gradwatch.integrations.pytest import GradWatchFixture"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(module: str, source: str) -> None:
@@ -100,6 +101,7 @@ def test_an_import_the_wrong_way_is_found(module: str, source: str) -> None:
         ("capture.tape", "import torch\nfrom gradwatch.records import StepRecord"),
         ("clip.learnt", "from gradwatch.capture import parameters\nfrom gradwatch.clip.norms import joint_norm"),
         ("history", "from gradwatch.baselines import Baselines"),
+        ("integrations.pytest", "import pytest\nfrom gradwatch.watch import GradWatch\nfrom gradwatch.present.report import plain"),
     ],
 )
 def test_an_import_the_right_way_is_not(module: str, source: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -194,12 +194,17 @@ def summary(
             f"  gradients scaled down in {clipped} of {words.plural(len(history), 'update')}, to x{np.nanmin(clip):.2g} at most"
         )
     for alert in alerts:
-        lines += ["", *_told_in_full(alert, history.recorded)]
+        lines += ["", *told_in_full(alert, history.recorded)]
     lines += [""] * bool(notices) + [f"notice: {notice}" for notice in notices]
-    lines = [row for line in lines for row in _wrapped(line)]
+    text = plain(lines)
     if len(Layers.of(history)):
-        lines += ["", *_text_table(history, alerts)]
-    return "\n".join(words.fit(line, "ascii").rstrip() for line in lines)
+        text += "\n\n" + "\n".join(words.fit(line, "ascii").rstrip() for line in _text_table(history, alerts))
+    return text
+
+
+def plain(lines: Iterable[str]) -> str:
+    """Lines of the verdict and of `told_in_full` as they stand in the summary: ASCII, wrapped at 80 columns."""
+    return "\n".join(words.fit(row, "ascii").rstrip() for line in lines for row in _wrapped(line))
 
 
 def _loss(history: History) -> list[str]:
@@ -240,7 +245,13 @@ def _wrapped(line: str) -> list[str]:
     return words.wrapped(line, 80, indent) or [""]
 
 
-def _told_in_full(alert: Alert, updates: int) -> list[str]:
+def told_in_full(alert: Alert, updates: int) -> list[str]:
+    """One alert as the summary tells it: rule, state and steps; what, where, why, and what to try, a line each.
+
+    Args:
+        alert: one of `watch.alerts`.
+        updates: how many the run had, `history.recorded`.
+    """
     symptom, _, detail = words.spoken(alert)
     seen = f"seen in {words.plural(alert.count, 'update')} from step {alert.step} to {max(alert.step, alert.last_step)}"
     if not updates:
