@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW
 from gradwatch.diagnose.arrays import median, median_of_rows, members
+from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.deltas import Deltas, Modules, deltas_of
@@ -18,7 +19,7 @@ from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, progress
 from gradwatch.diagnose.rules.rule import is_turn, looked_back, patient, persistent
 from gradwatch.history import History
-from gradwatch.records import Finding, Severity
+from gradwatch.records import Finding, GradState, Severity
 
 GROWTH = 3.5
 """Decades of growth towards the input that need no explanation. Healthy networks of the zoo stay below 2.6 (a WGAN's critic)."""
@@ -64,6 +65,9 @@ LARGE = 100.0
 IN_TIME = 2.0
 """Decades that the total norm and the loss both grow above their first values, without a pause. A healthy generator's norm grew by 2.3
 decades in 60 updates, its loss by less than 1 (measured)."""
+
+ONE_STEP = 4.0
+"""The same where the very next record overflows: a first step that multiplies both by so much is not one of a run that learns."""
 
 UNKNOWN_LOSS = 4.0
 """Decades of the norm alone where the loss is not known."""
@@ -330,16 +334,17 @@ def _in_time(history: History) -> Finding | None:
         end -= 1
     died = end < len(total)
     total, loss, steps = total[:end], loss[:end], steps[:end]
-    if end < (3 if died else WINDOW) or history.recorded > end + 512:
+    if end < (2 if died else WINDOW) or history.recorded > end + 512:
         return None
     last = 3 if died else 9
+    at_once = ONE_STEP if end < 3 else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         norms, losses = np.log10(total), np.log10(np.abs(loss))
     lowest = max(1, min(5, end // 2))
     base = float(np.nanmedian(norms[:lowest]))
     grown = float(norms[-1]) - base
     need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
-    if not grown >= need + (1.0 if died else 0.0):
+    if not grown >= max(need + (1.0 if died else 0.0), at_once):
         return None
     with np.errstate(invalid="ignore"):
         rising = np.diff(norms[-last:]) > 0
@@ -347,7 +352,7 @@ def _in_time(history: History) -> Finding | None:
         return None
     if need == IN_TIME:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
-        if more < IN_TIME or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
+        if more < max(IN_TIME, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
     # It began behind the last norm that was still of the first ones' size.
     usual = np.flatnonzero(norms <= max(base, float(np.nanmax(norms[: min(WINDOW, end // 2)]))) + 0.3)
@@ -365,7 +370,11 @@ def _in_time(history: History) -> Finding | None:
 
 
 def _everything(history: History) -> tuple[str, ...]:
-    return ("",) if "" in history.layers else ()
+    """The watched models whose parameters an optimizer has stepped in the last record."""
+    meta = history.meta
+    stepped = (history.recent("grad_state", 1)[0] & np.uint8(GradState.STEPPED)) != 0
+    layers = meta.layer_index[stepped & (meta.layer_index >= 0)]
+    return tuple(history.layers[i] for i in np.unique(execution_of(meta).root[layers]).tolist())
 
 
 def _since(history: History, deltas: Deltas, sick: NDArray[np.int64], growth: _Growth) -> int:
