@@ -62,6 +62,10 @@ class _Watched:
 
         return [one for one in self.watch.alerts if one.severity >= Severity.WARNING and one.rule not in self.allowed]
 
+    def fails(self) -> bool:
+        """There is an alarm, or nothing was judged: a check that saw no update would pass whatever the training does."""
+        return bool(self.alarms()) or (not self.watch.history.recorded and not self.watch.alerts)
+
     def story(self) -> str:
         """The verdict, and each alarm in full."""
         from gradwatch.present.report import plain, told_in_full
@@ -82,7 +86,8 @@ class GradWatchFixture:
         self._watched: list[_Watched] = []
 
     def __call__(self, model: nn.Module | Mapping[str, nn.Module], *, allow: str | Iterable[str] = (), **options: Any) -> GradWatch:
-        """Make a watch; when the test's body has ended, any alert of it at WARNING or above fails the test.
+        """Make a watch; when the test's body has ended, any alert of it at WARNING or above fails the test, and so does a watch that has
+        seen no update: a forgotten `with`.
 
         Args:
             model: as of `GradWatch`.
@@ -123,7 +128,7 @@ class GradWatchFixture:
 
     def failures(self) -> str:
         """What the test fails for, in full; "" for nothing. It is told once."""
-        sick = [one for one in self._watched if one.alarms()]
+        sick = [one for one in self._watched if one.fails()]
         for one in sick:
             one.told = True
         return "\n\n".join(one.story() for one in sick)

@@ -238,7 +238,9 @@ def test_skipped(gradwatch):
 
 def test_verdict_fails(gradwatch, monkeypatch):
     monkeypatch.setattr("gradwatch.watch.verdict_of", lambda watch: 1 / 0)
-    gradwatch(Small())
+    model = Small()
+    with gradwatch(model):
+        train(model, 2)
 
 
 def test_not_asked():
@@ -265,7 +267,7 @@ OUTCOMES = {
     "parametrised[error]": "FAILED",
     "parametrised[info]": "PASSED",
     "twice": "PASSED",
-    "never_entered": "PASSED",
+    "never_entered": "FAILED",
     "still_attached": "FAILED",
     "never_begun": "ERROR",
     "it_is_not_afterwards": "PASSED",
@@ -345,6 +347,11 @@ def test_a_failure_names_model_rule_layer_cause_and_remedy(session: Session) -> 
     assert report.isascii()
 
 
+def test_a_watch_that_judged_nothing_fails_the_test(session: Session) -> None:
+    """Else a forgotten `with` would pass whatever the training does."""
+    assert "! gradwatch, Small: it was never attached, so nothing was judged" in session.reports["never_entered"]
+
+
 def test_a_failure_of_the_test_itself_is_shown_beside_the_verdict(session: Session) -> None:
     failure, _, captured = session.reports["exception"].partition("Captured gradwatch call")
     assert "LookupError: the test's own" in failure
@@ -367,7 +374,6 @@ def test_a_failure_of_the_test_itself_is_shown_beside_the_verdict(session: Sessi
         ("allowed", "! gradwatch, Sequential: 1 finding in 30 updates"),
         ("info", "+ gradwatch, Small: nothing found in 2 updates"),
         ("twice", "+ gradwatch, Small: healthy after 20 updates"),
-        ("never_entered", "! gradwatch, Small: it was never attached, so nothing was judged"),
         ("verdict_fails", "gradwatch failed to give its verdict; please report this:"),
     ],
 )
