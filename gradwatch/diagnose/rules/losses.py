@@ -41,6 +41,12 @@ SPREAD = 0.15
 BEFORE = 20
 """Losses before a spike that make a habit."""
 
+LEARNT = 0.6
+"""Part of the loss of a guess below which a classifier has learnt something: then one batch on which it is worse than a guess is another
+kind of batch, from `TWICE` the largest of the losses before it on."""
+
+TWICE = 2.0
+
 OF_START = 0.5
 """Part of what the run began with below which no single loss matters: once a run has converged, one hard batch stands out."""
 
@@ -56,6 +62,9 @@ WORSE_THAN_A_GUESS = 1.5
 bad as a guess in health."""
 
 _CLASSIFIES = frozenset({"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
+
+SMOOTH = 5
+"""Losses whose median says where the loss was."""
 
 PROGRESS = 3.0
 """Standard errors of a median that two halves of the losses have to differ by, to be progress."""
@@ -101,8 +110,10 @@ def loss_spike(history: History) -> Iterator[Finding]:
     """The loss of one update lies far outside the history of losses.
 
     With `L` the loss, `m` the median of the `BEFORE` losses before it and `s` the largest of `SPREAD` and the scaled MAD of their
-    logarithms: `L` is `SPIKE` times the largest of those `BEFORE`, `log(L / m) / s >= SPIKE_SCORE`, and `L` is `SPIKE_OVER_ALL` times the
-    largest kept loss and at least `OF_START` of what the run began with. Or it is `SPIKE` times the largest of all kept ones.
+    logarithms: `L` is `SPIKE` times the largest of those `BEFORE`, `log(L / m) / s >= SPIKE_SCORE`, and `L` is `SPIKE_OVER_ALL` times
+    the largest kept loss and at least `OF_START` of what the run began with. Or it is `SPIKE` times the largest of all kept ones. Or,
+    of a cross-entropy that has come below `LEARNT` times that of a guess, `L` is above that of a guess and `TWICE` the largest of
+    those `BEFORE`, with the same score.
 
     Ignored: runs whose losses cannot be compared (see `loss_diverging`); a skipped record; the first `BEFORE` updates.
 
@@ -118,17 +129,18 @@ def loss_spike(history: History) -> Iterator[Finding]:
     before = b.losses[-BEFORE - 1 : -1]
     before = before[np.isfinite(before)]
     # A first look that most records end at.
-    if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= SPIKE * float(before.min()):
+    if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= TWICE * float(before.max()):
         return
-    usual = median(before)
-    if not usual > 0 or loss < SPIKE * float(before.max()) or not _is_comparable(history):
+    usual, guess = median(before), history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    known = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and loss >= guess
+    if not usual > 0 or loss < (TWICE if known else SPIKE) * float(before.max()) or not _is_comparable(history):
         return
     logs = np.log(before)
     spread = max(SPREAD, 1.4826 * median(np.abs(logs - median(logs))))
     score = float(np.log(loss / usual)) / spread
     earlier = b.losses[:-1][np.isfinite(b.losses[:-1])]
     over_all = loss / float(earlier[START:].max(initial=usual))
-    if over_all < (SPIKE_OVER_ALL if score >= SPIKE_SCORE else SPIKE):
+    if (score < SPIKE_SCORE or over_all < (0.0 if known else SPIKE_OVER_ALL)) and over_all < SPIKE:
         return
     yield Finding(
         "loss_spike",
@@ -172,11 +184,12 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     if not (high or meta.broadcast) or _falls(losses[:half], losses[half:]) or _warms_up(history):
         return
     first = median(b.first_losses)
+    since = _has_been_so_since(history, 0.9 * later)
     best = f", and a constant output would give {guess:.3g}" if meta.guess > 0 else ""
     yield Finding(
         "loss_plateau",
         Severity.WARNING,
-        0 if later >= 0.8 * first else max(0, history.recorded - FLAT_UPDATES),
+        since,
         message=f"the loss has been {later:.3g} for {len(losses)} updates{best}",
         evidence={"loss": later, "guess": guess, "first_loss": first, "updates": len(losses), "broadcast": float(meta.broadcast)},
     )
@@ -204,6 +217,17 @@ def _since(history: History, high: float) -> int:
     low = np.flatnonzero(~(losses > 0.5 * high))
     start = history.recorded - len(losses)
     return start + int(low[-1]) + 1 if low.size else start
+
+
+def _has_been_so_since(history: History, low: float) -> int:
+    """The first kept update after the last in which the losses around it lay lower; 0 where they never did."""
+    losses = history.stat("loss").astype(float)
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    lower = [i for i in range(len(losses) - SMOOTH + 1) if median(losses[i : i + SMOOTH]) < low]
+    if not lower:
+        return int(history.steps[0])
+    # The last of them that lay lower ends where half of it does.
+    return int(history.steps[min(lower[-1] + SMOOTH // 2 + 1, len(losses) - 1)])
 
 
 def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:

@@ -258,6 +258,8 @@ def _reader(history: History, size: float) -> int | None:
     for column, fact in enumerate(meta.layers):
         if fact.role != "input" or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
             continue
+        if fact.kind == "recurrent":  # its output is bounded, whatever it is given
+            return column
         scales = [_scale(history, i) for i, p in enumerate(meta.parameters) if p.layer == fact.name and len(p.shape) >= 2]
         scale = max((each for each in scales if np.isfinite(each)), default=0.0)
         if scale > 0 and first[column] >= ARRIVES * scale * size:

@@ -40,7 +40,14 @@ STARVED = 3.0
 vanished, and that is told elsewhere."""
 
 MOVES = 1e-5
-"""Update ratio of any single parameter, vectors and those that began at zero included, from which the optimizer does change something."""
+"""Update ratio of any single matrix, those that began at zero included, from which the optimizer does change something."""
+
+FAINT = 1e-4
+"""Norm of a gradient over that of its parameter below which it is for its own smallness, and not for the learning rate's, that float32
+does not move: a model that has converged, or a gradient that has vanished."""
+
+HARM = 3.0
+"""Times the losses before that of those since such a step, from which it did harm."""
 
 LOOKS = 10
 """Looks that a sustained ratio rests on."""
@@ -52,8 +59,8 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     """A parameter has a gradient, its optimizer steps, and not one bit of it changes.
 
     Yields when its last `UNCHANGED` looks after a step of its owner found all elements, compared one by one, bit for bit what they were
-    before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, and is not `STARVED`; or was cleared before
-    the step. WARNING where a matrix is among them, INFO where only vectors are.
+    before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, not `STARVED`, and not `FAINT` beside the
+    weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, INFO where only vectors are.
 
     Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
     `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
@@ -71,7 +78,8 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     sick = (b.same >= UNCHANGED) & meta.trainable
     if not sick.any() or progress(history) is Progress.LOW:
         return
-    sick &= ((b.last > ZERO).all(axis=0) & (b.level() > b.early - STARVED * DECADE)) | cleared
+    strong = np.exp(b.level()) >= FAINT * b.weight_norm
+    sick &= ((b.last > ZERO).all(axis=0) & (b.level() > b.early - STARVED * DECADE) & (strong | (b.lr == 0.0))) | cleared
     columns = np.flatnonzero(sick)
     if not columns.size:
         return
@@ -108,8 +116,9 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
     """A step replaces the weights instead of changing them.
 
     With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
-    sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses are
-    not below what the run began with, or not below that of the best constant output. Matrices that began at zero are left out.
+    sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses
+    are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Matrices
+    that began at zero are left out.
 
     Ignored: vectors; single matrices, which may be small (a bottleneck, a LayerScale); runs that learn all the same.
 
@@ -123,8 +132,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
     ratio = history.recent("update_ratio", KEPT)
     if not (ratio[:, history.meta.ndim >= 2] >= SUSTAINED).any():
         return
-    if has_learnt(history):
-        return
+    learnt = has_learnt(history)
     for columns in _matrices_by_owner(history):
         ratios = _ratios(history, columns)
         if not ratios.size:
@@ -135,6 +143,8 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         if not (at_once >= AT_ONCE or usual >= SUSTAINED):
             continue
         step = _since_ratio(history, columns, AT_ONCE if usual < SUSTAINED else SUSTAINED)
+        if learnt and not _did_harm(history, step):
+            continue
         largest = max(at_once, usual)
         yield Finding(
             "update_ratio_too_large",
@@ -152,7 +162,7 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
     """Steps have changed next to nothing since the start, and the loss has not improved.
 
     With `r` as in `update_ratio_too_large`: the largest of all kept looks, `LOOKS` at least, is below `NEGLIGIBLE`, and no single
-    parameter of the optimizer has a ratio of `MOVES`.
+    matrix of the optimizer has a ratio of `MOVES`.
 
     Ignored: a learning rate that still rises (warm-up); a loss that improves or is low; weights of which not a bit changes
     (`frozen_weights`); a loss that is not known.
@@ -172,8 +182,10 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
         ratios = _ratios(history, columns)
         if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
             continue
-        owner = np.array([fact.owner == history.meta.parameters[columns[0]].owner for fact in history.meta.parameters], bool)
-        if (b.update_ratio[owner] >= MOVES).any():
+        blank = np.flatnonzero(history.meta.blank & (history.meta.ndim >= 2))
+        owner = history.meta.parameters[columns[0]].owner
+        others = [i for i in blank if history.meta.parameters[i].owner == owner]
+        if (b.update_ratio[[*columns, *others]] >= MOVES).any():
             continue
         ratio = median(ratios[-LOOKS:])
         yield Finding(
@@ -249,6 +261,15 @@ def _since_ratio(history: History, columns: NDArray[np.int64], least: float) -> 
         large = np.flatnonzero((ratio >= least).any(axis=1))
     steps = history.steps[-len(ratio) :]
     return int(steps[large[0]]) if large.size else int(steps[-1])
+
+
+def _did_harm(history: History, step: int) -> bool:
+    """The losses since a step are several times those before it."""
+    losses = history.between("loss", step - LOOKS, history.recorded).astype(float)
+    since = history.recorded - step
+    before, after = losses[:-since], losses[-since:][-WINDOW // 2 :]
+    before, after = before[np.isfinite(before)], after[np.isfinite(after)]
+    return len(before) >= WINDOW // 2 and len(after) > 0 and median(after) >= HARM * median(before) > 0
 
 
 def _rises(history: History, columns: NDArray[np.int64]) -> bool:
