@@ -986,7 +986,7 @@ def _(seed: int) -> Setup:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def before(i: int) -> None:
-        optimizer.param_groups[0]["lr"] = 0.1 if i < 30 else 5.0
+        optimizer.param_groups[0]["lr"] = 0.1 if i < 30 else 20.0
 
     return fit(model, classify(model, Pictures(seed)), optimizer, 50, before)
 
