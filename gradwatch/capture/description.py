@@ -181,7 +181,8 @@ def describe(
                 layer=layer,
                 shape=tuple(p.shape) if materialised(p) or p.device.type == "meta" else (),
                 dtype=str(p.dtype).removeprefix("torch."),
-                trainable=p.requires_grad,
+                # As of the last scan: a GAN freezes its other half for a step.
+                trainable=table.trainable[slot],
                 owner=owners.get(slot),
                 init_rms=rms,
                 equal_rows=equal,

@@ -16,8 +16,9 @@ from gradwatch.records import Finding, Severity
 START = 3
 """First losses whose median is what the run began with: a run that diverges has left it by the fifth."""
 
-DIVERGED = 4.0
-"""Times that, and times the loss of the best constant output, from which a loss that stays there has diverged."""
+DIVERGED, DIVERGED_CLASSES = 4.0, 2.0
+"""Times that, and times the loss of the best constant output, from which a loss that stays there has diverged; a classifier that stays twice
+as bad as a guess, and as it began, is on no way to anything."""
 
 DIVERGED_UNKNOWN = 10.0
 """Times the first losses where that loss is not known: a generator's rises sixfold when its critic wins (measured), curricula, annealed
@@ -75,7 +76,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     """The loss has risen far above what it began with and stays there.
 
     With `L0` the median of the first `START` losses, or the loss of the best constant output where that is known and larger: `LASTING`
-    of the last `RECENT` losses, the last among them, exceed `DIVERGED * L0`, or `DIVERGED_UNKNOWN * L0` where it is not known.
+    of the last `RECENT` losses, the last among them, exceed `DIVERGED * L0`, `DIVERGED_CLASSES * L0` for a cross-entropy, or
+    `DIVERGED_UNKNOWN * L0` where it is not known.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -90,7 +92,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
         return
     start = median(b.first_losses[:START])
     recent, guess = b.losses[-RECENT:], history.meta.guess * float(history.recent("loss_terms", 1)[0])
-    high = DIVERGED * max(start, guess) if guess > 0 else DIVERGED_UNKNOWN * start
+    times = DIVERGED_CLASSES if history.meta.criterion == "cross_entropy" else DIVERGED
+    high = times * max(start, guess) if guess > 0 else DIVERGED_UNKNOWN * start
     # Comparisons with what was not observed are False.
     above = recent > high
     if not start > 0 or int(above.sum()) < LASTING or not above[-1] or not _is_comparable(history):

@@ -17,7 +17,7 @@ from gradwatch.facts import ParameterFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
-FAR_FROM_A_GUESS = 10.0
+FAR_FROM_A_GUESS = 6.0
 """Times the loss of the best constant output that the first loss is, from which the last layer was made far too large. The usual
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
 deviation of 5 over 10 classes at 4."""
@@ -248,7 +248,7 @@ def _gain(fact: ParameterFact) -> float:
 
 
 def _reader(history: History, size: float) -> int | None:
-    """A layer that reads the data, is no normalisation, and gives an output as large as inputs of that size make it."""
+    """The first layer that is no normalisation and gives an output as large as inputs of that size make it."""
     meta = history.meta
     rms = history.recent("activation_rms", WINDOW)
     looked = np.flatnonzero(np.isfinite(rms).any(axis=1))
@@ -256,9 +256,10 @@ def _reader(history: History, size: float) -> int | None:
         return None
     first = rms[looked[-1]].astype(float)
     for column, fact in enumerate(meta.layers):
-        if fact.role != "input" or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
+        # What reads the data beside an embedding is no input by its role.
+        if not fact.role or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
             continue
-        if fact.kind == "recurrent":  # its output is bounded, whatever it is given
+        if fact.kind == "recurrent" and fact.role == "input":  # its output is bounded, whatever it is given
             return column
         scales = [_scale(history, i) for i, p in enumerate(meta.parameters) if p.layer == fact.name and len(p.shape) >= 2]
         scale = max((each for each in scales if np.isfinite(each)), default=0.0)

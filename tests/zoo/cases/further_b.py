@@ -558,7 +558,7 @@ def low_derivative(module: str, share: float, first: int = 0, last: int | None =
     ("squash", "squash2"),
     source="arXiv 1609.02907, section 2.1, the renormalisation trick: unnormalised sums lead to numerical instabilities",
     proof=every(low_derivative("squash", 0.1), low_derivative("squash2", 0.1)),
-    also=("vanishing_gradient", "poor_init", "loss_plateau"),
+    also=("vanishing_gradient", "zero_gradient", "loss_plateau"),
 )
 def _(seed: int) -> Setup:
     g = random(seed)
@@ -1091,7 +1091,7 @@ def _(seed: int) -> Setup:
     source="arXiv 1708.07120, Super-convergence: peaks of 1 and more are for SGD, not for Adam",
     proof=every(well(25), update_ratio(below=0.05, first=15, last=25), update_ratio(above=0.4, first=25, last=29)),
     onset=25,
-    also=("loss_spike", "gradient_spike", "loss_diverging"),
+    also=("loss_spike", "gradient_spike", "loss_diverging", "vanishing_gradient"),
 )
 def _(seed: int) -> Setup:
     model, g = Reader(), random(seed)
@@ -1581,7 +1581,6 @@ def _stale(plain: Plain) -> float:
     source="https://thecodeforge.io/ml-ai/pytorch-training-loop/ missing zero_grad; here it stands in the branch of the first 30 updates",
     proof=every(well(30), shows(lambda p: p.setup.model.__dict__["cosine"], 0.9, "least cosine of a gradient with that before it")),
     onset=31,
-    also=("exploding_gradient",),
 )
 def _(seed: int) -> Setup:
     model, data = Speaker(), Text(seed)
@@ -2199,7 +2198,7 @@ def _(seed: int) -> Setup:
 @healthy(
     CASES,
     "fb_dqn_whose_values_grow_with_their_target_with_adam",
-    source="arXiv 1312.5602, Playing Atari with deep reinforcement learning; the loss rises while the values do",
+    source="arXiv 1312.5602, Playing Atari with deep reinforcement learning; the values grow with each copy of the target",
     proof=measured(_regret, 0.5, "regret over that of chance"),
 )
 def _(seed: int) -> Setup:
@@ -2284,7 +2283,7 @@ class Contrast(nn.Module):
 @healthy(
     CASES,
     "fb_contrast_of_softmaxes_over_the_batch",
-    source="arXiv 2002.05709, SimCLR: the loss begins near log(batch) and ends far above zero",
+    source="arXiv 2002.05709, SimCLR: a softmax over the batch, whose loss ends far above zero",
     proof=every(
         measured(lambda p: median(p.losses[-20:]) / median(p.losses[:3]), 0.8, "last over first loss"),
         measured(_neighbours, 0.35, "wrong neighbours"),
