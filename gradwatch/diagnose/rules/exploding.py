@@ -74,6 +74,10 @@ decades in 60 updates, its loss by less than 1 (measured)."""
 ONE_STEP = 4.0
 """The same where the very next record overflows: a first step that multiplies both by so much is not one of a run that learns."""
 
+BESIDE_WEIGHTS = 3.0
+"""Times the norm of the weights that the gradient's has to be, too: where rewards are rare, or an output begins saturated, it grows from
+nearly nothing to its usual size, in health by 8 decades (measured)."""
+
 UNKNOWN_LOSS = 4.0
 """Decades of the norm alone where the loss is not known."""
 
@@ -351,6 +355,9 @@ def _in_time(history: History) -> Finding | None:
     grown = float(norms[-1]) - base
     need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
     if not grown >= max(need + (1.0 if died else 0.0), at_once):
+        return None
+    weights = b.weight_norm.astype(float)
+    if float(total[-1]) < BESIDE_WEIGHTS * float(np.sqrt(np.nansum(np.square(weights)))):
         return None
     with np.errstate(invalid="ignore"):
         rising = np.diff(norms[-last:]) > 0

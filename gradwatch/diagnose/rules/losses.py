@@ -67,8 +67,9 @@ _CLASSIFIES = frozenset({"cross_entropy", "binary_cross_entropy", "binary_cross_
 SMOOTH = 5
 """Losses whose median says where the loss was."""
 
-PROGRESS = 3.0
-"""Standard errors of a median that two halves of the losses have to differ by, to be progress."""
+PROGRESS = 2.0
+"""Standard errors of a median that two halves of the losses have to differ by, to be progress: chance does that once in forty looks at a
+flat loss, and the next look says otherwise."""
 
 
 @persistent(WINDOW)
