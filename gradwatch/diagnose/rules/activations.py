@@ -97,7 +97,8 @@ def dead_units(history: History) -> Iterator[Finding]:
     in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
     activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
 
-    Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
+    Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
+    no parameter of the same optimizer behind it (a hinge, a penalty, an output, of which `zero_gradient` tells).
     """
     if history.recorded < WINDOW:
         return
@@ -120,6 +121,8 @@ def dead_units(history: History) -> Iterator[Finding]:
     looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
     if not looks.layers.size:
         return
+    feeders = _Feeders(history)
+    looks = looks.pick(np.array([feeders.is_hidden(int(i)) for i in looks.layers], bool))
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return

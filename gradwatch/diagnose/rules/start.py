@@ -47,6 +47,10 @@ ARRIVES = 0.1
 """Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
 give 0.3 to 3 times that; divided by 255 they give 0.004."""
 
+LONG = 60
+"""Updates after which a loss that has fallen, but is not below that of a guess and does not come near it, counts as well: under Adam MLPs on
+raw pixels need 40 (measured)."""
+
 PATIENCE = 14
 """Updates before that is judged: a network that copes with such inputs may need a few."""
 
@@ -125,8 +129,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it does not learn.
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
-    output of a layer that reads them is as large for its weights; and the last losses are not below what the run began with, or not
-    below that of the best constant output, and do not fall to it soon; or the inputs were a `LARGE`th of that before. Names the root.
+    output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
+    best constant output, and stand still, or do so after `LONG` updates; or the inputs were a `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
     the same.
@@ -147,7 +151,10 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         return
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
-    if not jumped and (has_learnt(history) or recovers_soon(history)):
+    stands = (
+        history.recorded >= LONG or progress(history) is Progress.STUCK or not np.isfinite(history.baselines.losses[-WINDOW:]).any()
+    )
+    if not jumped and (has_learnt(history) or recovers_soon(history) or not stands):
         return
     reader = _reader(history, size)
     if reader is None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median
 from gradwatch.diagnose.naming import layers_of, named
-from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
@@ -31,9 +31,9 @@ of weights of 0.01 to 0.1; least squares under SGD peak at 0.6 (design), from ti
 SUSTAINED = 0.3
 """Median update ratio of the last looks. Healthy AdamW runs begin near 0.1 and stay above 0.03 for tens of updates (design)."""
 
-NEGLIGIBLE = 1e-6
-"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 0.1 %.
-The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5."""
+NEGLIGIBLE = 2.5e-7
+"""Median update ratio, from the start, with which nothing is learnt: four times what float32 resolves, 6e-8. The customary ratio is 1e-3
+(Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5, a slow fine-tuning by SGD 5e-7 (measured)."""
 
 STARVED = 3.0
 """Decades that a gradient lies below its own first ones from which that it no longer moves anything is no news: it has converged, or
@@ -45,6 +45,12 @@ MOVES = 1e-5
 FAINT = 1e-4
 """Norm of a gradient over that of its parameter below which it is for its own smallness, and not for the learning rate's, that float32
 does not move: a model that has converged, or a gradient that has vanished."""
+
+GROWS = 1.5
+"""Times the first ratios of the last ones from which the optimizer is finding its step by itself (D-adaptation begins at 1e-8)."""
+
+PATIENCE = 14
+"""Updates before that is judged: Adam's first step on tiny weights replaces them, and the next ones learn."""
 
 HARM = 3.0
 """Times the losses before that of those since such a step, from which it did harm."""
@@ -127,7 +133,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         >>> with GradWatch(model):
         ...     train(model, optimizer)
     """
-    if history.recorded < LOOKS or not len(history):
+    if history.recorded < (LOOKS if history.ended else PATIENCE) or not len(history):
         return
     ratio = history.recent("update_ratio", KEPT)
     if not (ratio[:, history.meta.ndim >= 2] >= SUSTAINED).any():
@@ -143,7 +149,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         if not (at_once >= AT_ONCE or usual >= SUSTAINED):
             continue
         step = _since_ratio(history, columns, AT_ONCE if usual < SUSTAINED else SUSTAINED)
-        if learnt and not _did_harm(history, step):
+        if not _did_harm(history, step) and (learnt or (step < LOOKS and recovers_soon(history))):
             continue
         largest = max(at_once, usual)
         yield Finding(
@@ -164,8 +170,8 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
     With `r` as in `update_ratio_too_large`: the largest of all kept looks, `LOOKS` at least, is below `NEGLIGIBLE`, and no single
     matrix of the optimizer has a ratio of `MOVES`.
 
-    Ignored: a learning rate that still rises (warm-up); a loss that improves or is low; weights of which not a bit changes
-    (`frozen_weights`); a loss that is not known.
+    Ignored: a learning rate, or a ratio, that still rises (warm-up, an optimizer that finds its step); a loss that improves or is low;
+    weights of which not a bit changes (`frozen_weights`); a loss that is not known.
 
     Example:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
@@ -181,6 +187,8 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
     for columns in _matrices_by_owner(history):
         ratios = _ratios(history, columns)
         if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
+            continue
+        if median(ratios[-LOOKS // 2 :]) > GROWS * median(ratios[: LOOKS // 2]):
             continue
         blank = np.flatnonzero(history.meta.blank & (history.meta.ndim >= 2))
         owner = history.meta.parameters[columns[0]].owner
