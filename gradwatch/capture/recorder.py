@@ -138,7 +138,7 @@ class Recorder:
         if outcome is not None:
             self._finish(outcome)
         self.inside.hooks.begin_backward(roots)
-        if self._walks.looks_at_loss and self._walks.see_loss(roots, self.scale.pending):
+        if self._walks.looks_at_loss and self._walks.see_loss(roots, self.scale.ahead(self._draft)):
             self._describe()
         self.gradients.begin()
 
