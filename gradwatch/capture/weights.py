@@ -112,7 +112,7 @@ class WeightSample:
             return [], []
         same, differs = still[self._whole[still]].tolist(), []
         for slot in still[~self._whole[still]].tolist():
-            copy = self._copies.pop(slot, None)
+            copy = self._copies.get(slot)  # it is kept: there may be another step in this update
             if copy is None:
                 continue
             now = private.shard(self._params[slot].detach())

@@ -91,7 +91,11 @@ KNOWN: dict[str, tuple[Callable[[], Tensor], str, float]] = {
     "classes-with-weights": (lambda: F.cross_entropy(scores(8, 5), labels(8), weight=torch.ones(5)), "cross_entropy", 0.0),
     "mse": (lambda: F.mse_loss(scores(8, 3), values(8, 3)), "mse_loss", best_constant(F.mse_loss, values(8, 3))),
     "mse-module": (lambda: nn.MSELoss()(scores(8), values(8)), "mse_loss", best_constant(F.mse_loss, values(8))),
-    "mse-the-other-way-round": (lambda: F.mse_loss(values(8, 3), scores(8, 3)), "mse_loss", best_constant(F.mse_loss, values(8, 3))),
+    "mse-the-other-way-round": (
+        lambda: F.mse_loss(values(8, 3), scores(8, 3)),
+        "mse_loss",
+        best_constant(F.mse_loss, values(8, 3)),
+    ),
     "mse-of-integers": (lambda: F.mse_loss(scores(8, 1), labels(8, 1)), "mse_loss", 0.0),
     "mse-of-one": (lambda: F.mse_loss(scores(1, 3), values(1, 3)), "mse_loss", 0.0),
     "mse-of-a-scalar": (lambda: F.mse_loss(scores(1)[0], values(1)[0]), "mse_loss", 0.0),
@@ -168,7 +172,11 @@ def test_a_criterion_is_known(make: Callable[[], Tensor], name: str, guess: floa
         assert found[1] > 0
     else:
         # Of losses between the squared and the absolute error the better of mean and median is a little above the best.
-        assert guess * (1 - 1e-6) - 1e-12 <= found[1] <= guess * (1.15 if name in ("smooth_l1_loss", "huber_loss") else 1 + 1e-6) + 1e-12
+        assert (
+            guess * (1 - 1e-6) - 1e-12
+            <= found[1]
+            <= guess * (1.15 if name in ("smooth_l1_loss", "huber_loss") else 1 + 1e-6) + 1e-12
+        )
 
 
 class OwnLoss(torch.autograd.Function):
@@ -627,9 +635,7 @@ ONCE: dict[str, Callable[[], Tensor]] = {
     "logarithm-then-cross-entropy": lambda: two(scores(8, 5).softmax(-1).log()),
     "clamped-logarithm": lambda: two(scores(8, 5).softmax(-1).clamp_min(1e-7).log()),
     "log-softmax-twice": lambda: two(F.log_softmax(scores(8, 5), -1)),
-    "mixture": lambda: F.nll_loss(
-        (scores(8, 3, 1, seed=4).softmax(1) * scores(8, 3, 5).softmax(-1)).sum(1).log(), labels(8)
-    ),
+    "mixture": lambda: F.nll_loss((scores(8, 3, 1, seed=4).softmax(1) * scores(8, 3, 5).softmax(-1)).sum(1).log(), labels(8)),
     "mean-of-an-ensemble": lambda: two(torch.stack([scores(8, 5, seed=i).softmax(-1) for i in range(3)]).mean(0)),
     "distillation": lambda: F.kl_div(
         F.log_softmax(scores(8, 5) / 2, -1), (scores(8, 5, seed=4) / 2).softmax(-1), reduction="batchmean"
@@ -643,9 +649,7 @@ ONCE: dict[str, Callable[[], Tensor]] = {
     "sigmoid-then-softmax": lambda: two(scores(8, 5).sigmoid()),
     "softmax-before-bce": lambda: bce(scores(8, 5).softmax(-1)),
     "only-the-target-is-one": lambda: F.binary_cross_entropy_with_logits(values(8), scores(8).sigmoid()),
-    "only-the-target-is-one-and-logits-are-too": lambda: F.binary_cross_entropy_with_logits(
-        scores(8), scores(8, seed=4).sigmoid()
-    ),
+    "only-the-target-is-one-and-logits-are-too": lambda: F.binary_cross_entropy_with_logits(scores(8), scores(8, seed=4).sigmoid()),
     "a-leaf": lambda: two(torch.zeros(8, 5, requires_grad=True)),
     "softmax-elsewhere": lambda: two(scores(8, 5)) + scores(8, 5, seed=4).softmax(-1).square().sum(),
     "rounded": lambda: two(scores(8, 5).softmax(-1) + 1e-8),
