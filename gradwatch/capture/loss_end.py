@@ -180,7 +180,7 @@ def _by_hand(node: Any, factor: float) -> Criterion | None:
 
 def _is_expanded(given: tuple[Any, int], shape: tuple[int, ...] | None) -> bool:
     """What a node of the graph made was repeated to this shape, by an `expand` that it may be itself; False where shapes are not known."""
-    if _name(given[0]) == "Expand" and given[0].next_functions[0][0] is not None:
+    if _name(given[0]) == "Expand":
         given = given[0].next_functions[0]
     before = private.output_shape(*given)
     return before is not None and shape is not None and math.prod(before) != math.prod(shape)
@@ -236,7 +236,7 @@ def _without_factors(node: Any, loss_scale: float) -> tuple[Any, float]:
         other = private.saved_tensor(node, "other")
         if other is None:
             other = private.saved_tensor(node, "self")
-        if other is None or other.numel() != 1 or other.is_complex():
+        if other is None or other.is_complex():
             return node, math.nan
         if math.isnan(loss_scale) and not on_host(other) and _name(node) == "Mul":
             loss_scale = factor = 1.0 if math.isnan(factor) else factor
@@ -270,11 +270,8 @@ def _down_to(node: Any, wanted: str) -> list[Any] | None:
             continue
         if _name(child) not in _SAME_VALUES:
             return None
-        more = [each for each, _ in child.next_functions if each is not None]
-        if not more:
-            return None
-        new = [each for each in dict.fromkeys(more) if each not in path]
-        path.update(dict.fromkeys(new))
+        new = dict.fromkeys(each for each, _ in child.next_functions if each is not None and each not in path)
+        path.update(new)
         below += new
     return list(path) if path and not below else None
 

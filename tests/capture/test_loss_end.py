@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -98,6 +98,11 @@ KNOWN: dict[str, tuple[Callable[[], Tensor], str, float]] = {
     ),
     "mse-of-integers": (lambda: F.mse_loss(scores(8, 1), labels(8, 1)), "mse_loss", 0.0),
     "mse-of-one": (lambda: F.mse_loss(scores(1, 3), values(1, 3)), "mse_loss", 0.0),
+    "bce-of-one": (
+        lambda: F.binary_cross_entropy_with_logits(scores(1, 3), values(1, 3).sigmoid()),
+        "binary_cross_entropy_with_logits",
+        0.0,
+    ),
     "mse-of-a-scalar": (lambda: F.mse_loss(scores(1)[0], values(1)[0]), "mse_loss", 0.0),
     "mse-of-a-constant": (lambda: F.mse_loss(scores(8), torch.ones(8)), "mse_loss", 0.0),
     "l1": (lambda: F.l1_loss(scores(9, 2), values(9, 2)), "l1_loss", 0.0),
@@ -211,6 +216,8 @@ UNKNOWN: dict[str, Callable[[], Tensor]] = {
     "a-penalty": lambda: F.mse_loss(scores(8), values(8)) + 1e-4 * scores(3).square().sum(),
     "negated": lambda: -F.mse_loss(scores(8), values(8)),
     "times-minus-one": lambda: F.mse_loss(scores(8), values(8)) * -1.0,
+    "over-zero": lambda: F.mse_loss(scores(8), values(8)) / 0.0,
+    "over-a-tensor-of-zero": lambda: F.mse_loss(scores(8), values(8)) / torch.zeros(()),
     "times-zero": lambda: F.mse_loss(scores(8), values(8)) * 0.0,
     "a-learnt-factor": lambda: F.mse_loss(scores(8), values(8)) * scores(1)[0],
     "root": lambda: F.mse_loss(scores(8), values(8)).sqrt(),
@@ -349,6 +356,40 @@ def test_targets_that_are_no_probabilities_give_no_guess() -> None:
     assert not found.guess > 0
 
 
+class Own(Tensor):
+    """A tensor that runs somebody's code."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, lambda x, y: ((x - y) ** 2).mean()], ids=["function", "by-hand"])
+def test_targets_of_a_type_of_their_own_are_not_computed_with(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    y = values(8).as_subclass(Own)
+    value = loss(scores(8), y)
+    factor = scores(1)[0].detach().abs().as_subclass(Own)
+    scaled = F.mse_loss(scores(8), values(8)) * factor
+    Own.asked.clear()
+    found = criterion([value])
+    assert found is None or math.isnan(found.guess)
+    assert criterion([scaled]) is None
+    assert not {"double", "var", "mean", "__float__"} & {getattr(func, "__name__", "") for func in Own.asked}
+
+
+def test_losses_of_nothing_have_no_guess() -> None:
+    for logits in (torch.zeros(0, 5), torch.zeros(0, 0)):
+        found = criterion([F.cross_entropy(logits.requires_grad_() * 1, labels(0))])
+        assert found is not None
+        assert math.isnan(found.guess)
+    for error in (F.mse_loss, F.huber_loss, F.l1_loss):
+        found = criterion([error(scores(0, 3), values(0, 3))])  # type: ignore[operator]
+        assert found is None or math.isnan(found.guess)
+
+
 def test_many_targets_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_end, "_TARGETS", 100)
     assert of(F.mse_loss(scores(100), values(100))) == ("mse_loss", pytest.approx(best_constant(F.mse_loss, values(100))), False)
@@ -447,6 +488,9 @@ def test_complex_differences_have_no_guess_and_give_no_warning() -> None:
     x = torch.randn(8, dtype=torch.complex64, requires_grad=True) * 2
     assert of((x - torch.ones(8)).abs().mean()) == ("l1_loss", 0.0, False)
     assert of(F.l1_loss(x, torch.ones(8, dtype=torch.complex64))) == ("l1_loss", 0.0, False)
+    with pytest.warns(UserWarning, match="imaginary"):
+        real = (F.mse_loss(scores(8), values(8)) * (1 + 0j)).float()
+    assert of(real) is None
     assert of(((x - torch.ones(8)).abs().mean() * (1 + 0j)).real) is None
 
 
@@ -514,18 +558,22 @@ def test_on_a_device_a_loss_scale_is_known_to_cancel(base: Callable[[], Tensor],
     loss = base()
     here = of(loss)
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-    scaled = scaler.scale(loss / 4)
+    once = scaler.scale(loss)
+    two_factors = (scaler.scale(loss * torch.tensor(0.25)), scaler.scale(loss / torch.tensor(4.0)), once / torch.tensor(4.0))
+    quarter = loss * torch.tensor(0.25)
     monkeypatch.setattr(parameters, "HOST", "nowhere")
     with Operators() as operators:
-        # A number of Python's is a CPU tensor in the graph, wherever the loss is: here it cannot be told from one of a device.
-        there = of(scaler.scale(loss), math.nan)
-        twice = of(scaled, math.nan)
-    assert not set(operators.seen.get("", {})) - {"mul", "detach"}
+        there = of(once, math.nan)
+        # A number of Python's is a CPU tensor in the graph, wherever the loss is: only here it cannot be told from one of a device.
+        twice = [of(each, math.nan) for each in two_factors]
+        unscaled = of(quarter)
+    assert not operators.seen
     assert here is not None
     assert there is not None
     assert there[0] == here[0]
     assert there[1] == (pytest.approx(here[1]) if here[0] == "cross_entropy" else 0.0)
-    assert twice is None
+    assert twice == [None] * 3, "one factor is the scale, and another is on the device too"
+    assert unscaled is None
     assert of(loss, math.nan) is None, "a scale that is not in the graph"
 
 
