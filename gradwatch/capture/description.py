@@ -88,7 +88,7 @@ class InitialFacts:
         self.still_equal: set[int] = set()
 
     def look_again(self, parameters: Sequence[Tensor]) -> bool:
-        """Called after each record: after `SYMMETRY_AFTER` of them, find out whose rows are equal still; whether that was now."""
+        """Called when a record closes: after `SYMMETRY_AFTER` of them, find out whose rows are equal still; whether that was now."""
         if self._due <= 0:
             return False
         self._due -= 1
