@@ -80,7 +80,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     if len(b.losses) < WINDOW or len(b.first_losses) < START:
         return
     start = median(b.first_losses[:START])
-    recent, guess = b.losses[-RECENT:], history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    recent, guess = b.losses[-RECENT:], _guess(history)
     high = DIVERGED * max(start, guess) if guess > 0 else DIVERGED_UNKNOWN * start
     # Comparisons with what was not observed are False.
     above = recent > high
@@ -101,8 +101,9 @@ def loss_spike(history: History) -> Iterator[Finding]:
     """The loss of one update lies far outside the history of losses.
 
     With `L` the loss, `m` the median of the `BEFORE` losses before it and `s` the largest of `SPREAD` and the scaled MAD of their
-    logarithms: `L` is `SPIKE` times the largest of those `BEFORE`, `log(L / m) / s >= SPIKE_SCORE`, and `L` is `SPIKE_OVER_ALL` times the
-    largest kept loss and at least `OF_START` of what the run began with. Or it is `SPIKE` times the largest of all kept ones.
+    logarithms: `L` is `SPIKE` times the largest of those `BEFORE` and more than `OF_START` of what the run began with; and
+    `log(L / m) / s >= SPIKE_SCORE` and `L` is `SPIKE_OVER_ALL` times the largest kept loss, the `START` oldest aside; or `L` is `SPIKE`
+    times that.
 
     Ignored: runs whose losses cannot be compared (see `loss_diverging`); a skipped record; the first `BEFORE` updates.
 
@@ -145,9 +146,9 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     """After many updates the loss is what a constant output would give.
 
     The loss is known to be a mean cross-entropy, binary cross-entropy, squared or absolute error, and so is `G`, the loss of the best
-    constant output by the targets of the first batches (ln C for cross-entropy). The medians of both halves of the last `FLAT_UPDATES`
-    losses do not differ by `PROGRESS` standard errors and are at least `AS_A_GUESS * G`, for errors of a regression
-    `WORSE_THAN_A_GUESS * G`; or the prediction was broadcast to the shape of the target, whatever `G` is.
+    constant output by the targets of the first batches (ln C for cross-entropy). Of the last `FLAT_UPDATES` losses the median of the
+    second half is not `PROGRESS` standard errors below that of the first, and both are at least `AS_A_GUESS * G`, for errors of a
+    regression `WORSE_THAN_A_GUESS * G`; or the prediction was broadcast to the shape of the target, whatever `G` is.
 
     Ignored: losses of other kinds, for what is high is not known of them (a policy's loss does not fall when all goes well, and a model
     that has converged stays where it is); runs whose losses cannot be compared (see `loss_diverging`); a warm-up.
@@ -162,9 +163,9 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)
     losses = losses[np.isfinite(losses)]
-    if len(losses) < FLAT_UPDATES * 3 // 4 or not _is_comparable(history):
+    if len(losses) < FLAT_UPDATES * 3 // 4 or not b.first_losses.size or not _is_comparable(history):
         return
-    guess = meta.guess * float(history.recent("loss_terms", 1)[0])
+    guess = _guess(history)
     half = len(losses) // 2
     earlier, later = median(losses[:half]), median(losses[half:])
     least = AS_A_GUESS if meta.criterion in _CLASSIFIES else WORSE_THAN_A_GUESS
@@ -198,12 +199,23 @@ def _is_comparable(history: History) -> bool:
     )
 
 
+def _guess(history: History) -> float:
+    """The loss of the best constant output in an update of as many losses as the last one that showed any; 0 where it is not known."""
+    terms = history.recent("loss_terms", KEPT)
+    terms = terms[np.isfinite(history.recent("loss", KEPT))]
+    return history.meta.guess * float(terms[-1]) if terms.size and terms[-1] > 0 else 0.0
+
+
 def _since(history: History, high: float) -> int:
-    """The first kept record since when the loss has been above, but for single ones."""
+    """The first kept record since when the loss has been above half of that, but for single ones."""
     losses = history.baselines.losses
-    low = np.flatnonzero(~(losses > 0.5 * high))
+    low = ~(losses > 0.5 * high)
     start = history.recorded - len(losses)
-    return start + int(low[-1]) + 1 if low.size else start
+    if low[0]:
+        low = np.append(True, low)  # what was low when the kept ones begin was low before
+        start -= 1
+    pairs = np.flatnonzero(low[1:] & low[:-1])
+    return start + int(pairs[-1]) + 2 if pairs.size else start
 
 
 def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:

@@ -95,8 +95,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
-    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it,
-    and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
+    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it
+    (or all of them were lost), and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -141,7 +141,7 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     if not size >= LARGE:
         return
     since, before = _since(history, size)
-    if not (before > 0 and size >= LARGE * before) and has_learnt(history):
+    if not before > 0 and has_learnt(history):
         return
     reader = _reader(history, size)
     if reader is None:
@@ -166,7 +166,9 @@ def _since(history: History, size: float) -> tuple[int, float]:
     small = np.flatnonzero(sizes < size / LARGE)
     if not small.size or small[-1] + 1 >= len(sizes):
         return 0, float("nan")
-    return int(steps[small[-1] + 1]), float(np.median(sizes[: small[-1] + 1]))
+    before = float(np.median(sizes[: small[-1] + 1]))
+    # A small batch among large ones is none of their beginning.
+    return (int(steps[small[-1] + 1]), before) if size >= LARGE * before else (0, float("nan"))
 
 
 def _classes(history: History) -> int:
@@ -183,7 +185,8 @@ def _symmetric(history: History) -> Finding | None:
     sick = meta.still_equal & meta.trainable & (b.stepped >= WINDOW // 2) & (b.seen >= WINDOW // 2)
     if not sick.any():
         return None
-    nothing = (b.first <= ZERO).all(axis=0) & (b.last <= ZERO).all(axis=0)
+    # Of a matrix that was seen less than `WINDOW` times some of these are NaN, which is not above anything.
+    nothing = ~((b.first > ZERO).any(axis=0) | (b.last > ZERO).any(axis=0))
     sick &= ~nothing | (meta.blank & (progress(history) is Progress.STUCK))
     columns = np.flatnonzero(sick)
     if not columns.size:

@@ -26,10 +26,10 @@ smallest normal number is 1.2e-38, and a layer takes away a few decades at most.
 @patient
 @persistent(WINDOW)
 def zero_gradient(history: History) -> Iterator[Finding]:
-    """A backward pass reaches all parameters of a layer and gives every element of every one of them exactly zero, update after update.
+    """A backward pass gives every element of every parameter that it reaches in a layer exactly zero, update after update.
 
-    With `g` the norm of a parameter's gradient: `g = 0` for all trainable parameters of a module that holds a matrix, in the last
-    `WINDOW` records that reached it. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative
+    With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
+    records that reached it. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative
     0, `clamp` has it outside its limits, and so has a product with 0. Names the layers next to the cut first.
 
     Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
