@@ -324,6 +324,31 @@ def test_bad_values_explain_the_course_of_the_loss() -> None:
             assert both(finding(cause, Severity.ERROR), finding(rule)) == [cause]
 
 
+def test_a_consequence_changes_nothing_of_what_is_told_of_its_cause() -> None:
+    cause = finding("exploding_gradient", Severity.ERROR, step=3, parameters=("2.weight",), message="it grows", evidence={"a": 1.0})
+    other = finding("vanishing_gradient", Severity.ERROR, step=4, parameters=("0.weight",), message="it falls", evidence={"b": 1.0})
+    run = Run(chain(4), [at({5: cause}, 10), at({6: other, 7: other}, 10)])
+    run.records(5)
+    before = run.only("exploding_gradient")
+    run.records(2)
+    assert run.only("exploding_gradient") == replace(before, count=3, last_step=6)
+
+
+def test_words_are_found_again_where_the_severity_rises() -> None:
+    kept = finding("frozen_weights", Severity.INFO, layers=("1",), evidence={"lr": 0.1})
+    run = Run(chain(4), [at({1: kept, 2: replace(kept, severity=Severity.WARNING, evidence={"lr": 0.0})}, 10)])
+    run.records(2)
+    assert run.only("frozen_weights").cause.startswith("Their learning rate is 0")
+
+
+def test_a_finding_that_names_parameters_is_the_more_exact_one() -> None:
+    modules, exact = finding(layers=("1", "2")), finding(parameters=("1.weight",))
+    run = Run(chain(4), [at({1: modules, 2: exact, 3: modules}, 10)])
+    run.records(3)
+    alert = run.only("symptom")
+    assert (alert.layers, alert.parameters) == (("1",), ("1.weight",))
+
+
 # The same with the rules themselves.
 
 
@@ -408,6 +433,14 @@ def test_out_of_scope_names_go_and_a_finding_left_with_none_goes_too() -> None:
     )
     run.records(3)
     assert [(a.rule, a.layers) for a in run.alarms()] == [("a", ("2",)), ("c", ())]
+
+
+def test_a_finding_of_modules_out_of_scope_goes_too() -> None:
+    meta = chain(4)
+    meta = replace(meta, layers=tuple(replace(f, in_scope=f.name != "1") for f in meta.layers))
+    run = Run(meta, [at({1: finding("a", layers=("1",)), 2: finding("b", layers=("1", "2"))})])
+    run.records(2)
+    assert [(a.rule, a.layers) for a in run.alarms()] == [("b", ("2",))]
 
 
 def test_judging_again_without_a_new_record_does_not_count_twice() -> None:

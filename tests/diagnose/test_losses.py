@@ -180,6 +180,14 @@ def test_a_rise_from_a_low_loss_to_what_it_began_with_is_none() -> None:
     assert run.alarms() == []
 
 
+def test_a_loss_that_is_not_seen_any_more_upsets_nothing() -> None:
+    run = Run(classifier(2.0), [loss_diverging, loss_spike, loss_plateau])
+    losses(run, [1.0] * 10)
+    run.records(90, **LOST)
+    assert run.incidents.alerts == ()
+    assert run.notices == []
+
+
 def test_it_is_one_incident_that_ends_when_the_loss_comes_back() -> None:
     run = Run(chain(3))
     losses(run, [1.0] * 10 + [20.0] * 20 + [1.0] * 20)
@@ -261,6 +269,14 @@ def test_a_loss_within_its_spread_has_to_be_ten_times_all_others(largest: float,
         assert run.only("loss_spike").evidence["z"] < 6
 
 
+@pytest.mark.parametrize(("z", "told"), [(6.05, True), (5.95, False)])
+def test_beside_a_larger_loss_long_ago_it_has_to_stand_out_of_the_spread(z: float, told: bool) -> None:
+    last = np.cosh(0.3) * np.exp(z * 1.4826 * 0.3)
+    run = Run(chain(3), [loss_spike])
+    losses(run, [1.0] * 10 + [4.0] + [np.exp(-0.3), np.exp(0.3)] * 10 + [last])
+    assert run.rules() == (["loss_spike"] if told else [])
+
+
 def test_a_run_with_heavy_tails_is_none() -> None:
     run = Run(chain(3), [loss_spike])
     for i in range(60):
@@ -337,13 +353,24 @@ def test_a_prediction_that_was_broadcast_is_told_as_that_whatever_a_guess_is() -
 
 
 @pytest.mark.parametrize(
-    ("first", "step"),
-    [pytest.param(10.0, 20, id="fell to it"), pytest.param(2.4, 0, id="began near it"), pytest.param(2.6, 20, id="not near")],
+    ("first", "n", "step"),
+    [
+        pytest.param(10.0, 20, 20, id="fell to it"),
+        pytest.param(10.0, 10, 10, id="fell to it early"),
+        pytest.param(2.4, 20, 0, id="began near it"),
+        pytest.param(2.6, 20, 20, id="did not begin near it"),
+    ],
 )
-def test_a_plateau_that_follows_a_fall_begins_where_the_fall_ends(first: float, step: int) -> None:
+def test_a_plateau_that_follows_a_fall_begins_where_the_fall_ends(first: float, n: int, step: int) -> None:
     run = Run(classifier(2.0), [])
-    losses(run, [first] * 20 + [2.0] * 80)
+    losses(run, [first] * n + [2.0] * 80)
     assert next(iter(loss_plateau(run.history))).step == step
+
+
+def test_a_plateau_of_80_updates_that_follow_a_fall_at_once_began_at_0() -> None:
+    run = Run(classifier(2.0), [])
+    losses(run, [10.0] * 10 + [2.0] * 70)
+    assert next(iter(loss_plateau(run.history))).step == 0
 
 
 @pytest.mark.parametrize(
@@ -426,10 +453,23 @@ def test_a_warm_up_is_waited_for(factor: float, told: bool) -> None:
     assert run.rules() == (["loss_plateau"] if told else [])
 
 
+def test_a_warm_up_that_was_over_40_updates_ago_is_none() -> None:
+    run = Run(classifier(2.0), [loss_plateau])
+    losses(run, [2.0] * 45, lr=1.0)
+    losses(run, [2.0] * 45, lr=2.0)
+    assert run.rules() == ["loss_plateau"]
+
+
 def test_without_learning_rates_there_is_no_warm_up() -> None:
     run = Run(classifier(2.0), [loss_plateau])
     losses(run, [2.0] * 90, lr=np.nan)
     assert run.rules() == ["loss_plateau"]
+
+
+def test_a_guess_may_be_small() -> None:
+    run = Run(classifier(0.5), [loss_plateau])
+    losses(run, [0.5] * 90)
+    assert run.only("loss_plateau").message.endswith("a constant output would give 0.5")
 
 
 def test_several_losses_an_update_have_as_many_guesses() -> None:
@@ -496,6 +536,7 @@ def learnt(values: Iterable[float], guess: float = 0.0, **columns: Any) -> bool:
         pytest.param([1.0] * 5 + [0.95] * 5, 2.0, False, id="below a guess, not below the first"),
         pytest.param([1.0] * 10 + [9.0, 0.5, 0.5, 0.5, 9.0], 0.0, True, id="the median of the last five"),
         pytest.param([0.5] * 10 + [0.9, 0.9, 0.9, 0.1, 0.1], 0.0, False, id="the median is not the least"),
+        pytest.param([1.0] * 10 + [0.8, 0.8, 0.8, 1.1, 1.1], 0.0, True, id="three of five"),
         pytest.param([1.0] * 10 + [np.nan, np.nan, 0.5, np.nan, np.inf], 0.0, True, id="of those that are finite"),
         pytest.param([1.0] * 10 + [np.nan] * 5, 0.0, False, id="lost"),
         pytest.param([np.nan] * 10, 0.0, False, id="lost from the first"),

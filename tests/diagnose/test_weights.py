@@ -161,6 +161,16 @@ def test_gradients_that_were_cleared_need_not_have_been_seen() -> None:
     assert alert.evidence["cleared"] == 4
 
 
+def test_whether_gradients_were_cleared_is_asked_of_the_last_record() -> None:
+    run = Run(chain(2), [frozen_weights])
+    frozen(run, 12, norms=0.0)
+    assert run.alarms() == []
+    frozen(run, 1, also=GradState.CLEARED, norms=0.0)
+    assert run.only("frozen_weights").count == 1
+    frozen(run, 1, norms=0.0)
+    assert run.only("frozen_weights").count == 1
+
+
 def test_of_what_was_cleared_in_part_the_message_does_not_say_that_all_was() -> None:
     run = Run(meta := chain(2), [frozen_weights])
     state = of(meta, "0", value=np.uint8(SAME | GradState.CLEARED), others=np.uint8(SAME))
@@ -182,6 +192,12 @@ def test_parameters_that_do_not_require_a_gradient_are_ignored() -> None:
 def test_parameters_that_no_backward_reaches_are_ignored() -> None:
     run = Run(meta := chain(4), [frozen_weights])
     run.records(30, grad_state=of(meta, "1", value=np.uint8(SAME & ~GradState.REACHED), others=np.uint8(CHANGED)))
+    assert run.alarms() == []
+
+
+def test_a_gradient_that_is_exactly_zero_from_the_start_is_none() -> None:
+    run = Run(meta := chain(4), [frozen_weights])
+    frozen(run, 30, "1", norms=of(meta, "1", value=0.0, others=1.0))
     assert run.alarms() == []
 
 
@@ -324,7 +340,7 @@ def test_one_step_that_replaced_the_weights_is_told_where_it_was() -> None:
     run.record(update_ratio=5.0)
     run.records(6)
     alert = run.only("update_ratio_too_large")
-    assert alert.step == 3
+    assert (alert.step, run.sent[0][0]) == (3, 10)
     assert alert.message == "an update changes the weights by 5 of their size"
     assert alert.evidence["usual_update_ratio"] == pytest.approx(1e-3)
 
@@ -404,6 +420,23 @@ def test_a_loop_that_never_shows_a_loss_is_left_alone() -> None:
     assert run.alarms() == []
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1e-9])
+@pytest.mark.parametrize("unknown", ["update_ratio", "weight_norm"])
+def test_matrices_of_which_not_all_is_known_are_left_out(unknown: str, ratio: float) -> None:
+    run = Run(meta := chain(4), [update_ratio_too_large, update_ratio_too_small])
+    columns = {"update_ratio": of(meta, value=ratio, others=ratio), "weight_norm": of(meta, value=5.0, others=5.0)}
+    columns[unknown][0] = np.nan
+    run.records(12, **columns)
+    (alert,) = run.alarms()
+    assert alert.evidence["update_ratio"] == pytest.approx(ratio)
+
+
+def test_frozen_parameters_are_not_named() -> None:
+    run = Run(change(chain(4), lambda f: f.layer == "1", trainable=False))
+    run.records(12, update_ratio=1.0)
+    assert run.only("update_ratio_too_large").layers == ("",)
+
+
 def two_optimizers() -> Meta:
     one, other = chain(2, prefix="a."), change(chain(2, prefix="b."), lambda f: True, owner="Adam#1")
     return Meta(one.parameters + other.parameters, one.layers + other.layers[1:])
@@ -454,6 +487,20 @@ def test_steps_that_change_next_to_nothing_are_told_at_update_10() -> None:
     assert alert.evidence == pytest.approx({"update_ratio": 2e-9, "lr": 1e-8, "gradient_ratio": 0.2})
     assert alert.cause == "At a learning rate of 1e-08 the steps are too small to change anything."
     assert alert.remedy == "Raise the learning rate about 1e6 times, to where an update changes about 1e-3 of the weights."
+
+
+def test_the_gradient_is_that_of_the_last_record_as_far_as_it_is_known() -> None:
+    run = Run(meta := chain(4), [update_ratio_too_small])
+    run.records(12, update_ratio=1e-9)
+    run.record(of(meta, "1", value=np.nan, others=2.0), noise=0.0, update_ratio=1e-9)
+    assert run.only("update_ratio_too_small").evidence["gradient_ratio"] == pytest.approx(2.0 / 5.0)
+
+
+def test_small_steps_that_are_first_looked_at_a_little_later_were_there_from_the_start() -> None:
+    run = Run(chain(4), [update_ratio_too_small])
+    run.records(5, update_ratio=np.nan)
+    run.records(10, update_ratio=1e-9)
+    assert run.only("update_ratio_too_small").step == 0
 
 
 def test_a_small_factor_is_written_out() -> None:

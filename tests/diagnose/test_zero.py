@@ -48,7 +48,7 @@ def test_a_loss_that_does_not_depend_on_the_output_is_told_as_that() -> None:
 
 def test_a_cut_that_comes_at_update_20_is_told_within_10() -> None:
     run = Run(chain(4))
-    run.records(20)
+    run.records(20, 0.25)
     zeros(run, 9, "0")
     assert run.alarms() == []
     zeros(run, 1, "0")
@@ -151,9 +151,9 @@ def test_a_matrix_that_came_to_be_zero_is_not_filled_again() -> None:
 # -- one of equals, and attention to one -------------------------------------------------------------------------------------------
 
 
-def listed(name: str) -> Meta:
-    """Three equals in a list, then a head."""
-    members = tuple(f"{name}.{i}" for i in range(3))
+def listed(name: str, equals: int = 3) -> Meta:
+    """Equals in a list, then a head."""
+    members = tuple(f"{name}.{i}" for i in range(equals))
     layers = (LayerFact(""), LayerFact(name, "ModuleList", "list"), *(LayerFact(n, "Linear", "linear") for n in (*members, "head")))
     return Meta(
         tuple(
@@ -174,12 +174,18 @@ def listed(name: str) -> Meta:
 )
 def test_one_of_a_list_of_equals_may_idle(name: str, zero: tuple[int, ...], told: bool) -> None:
     run = Run(listed(name), [zero_gradient])
-    zeros(run, 30, *(f"{name}.{i}" for i in zero))
+    zeros(run, 30, *(f"{name}.{i}" for i in zero), others=0.25)
     assert run.rules() == (["zero_gradient"] if told else [])
 
 
+def test_an_expert_that_is_alone_is_one_of_no_equals() -> None:
+    run = Run(listed("experts", 1), [zero_gradient])
+    zeros(run, 12, "experts.0")
+    assert run.only("zero_gradient").layers == ("experts.0",)
+
+
 def attention(kind: str = "MultiheadAttention") -> Meta:
-    names = ("a.q", "a.k", "a.v", "head")
+    names = ("stem", "a.q", "a.k", "a.v", "head")
     layers = (LayerFact(""), LayerFact("a", kind), *(LayerFact(n, "Linear", "linear") for n in names))
     return Meta(
         tuple(ParameterFact(f"{n}.weight", n, (8, 8), owner="SGD#0", init_rms=0.1, order=i) for i, n in enumerate(names)), layers
@@ -198,7 +204,7 @@ def attention(kind: str = "MultiheadAttention") -> Meta:
 )
 def test_queries_and_keys_of_an_attention_to_one_are_healthy(kind: str, zero: tuple[str, ...], told: bool) -> None:
     run = Run(attention(kind), [zero_gradient])
-    zeros(run, 30, *zero)
+    zeros(run, 30, *zero, others=0.25)
     assert run.rules() == (["zero_gradient"] if told else [])
 
 
@@ -241,10 +247,28 @@ def test_a_layer_is_judged_by_the_parameters_that_are_reached(meta: Meta, bias: 
     assert run.only("zero_gradient").parameters == ("1.weight",)
 
 
+def test_of_a_layer_whose_matrix_is_not_reached_nothing_is_said() -> None:
+    run = Run(meta := chain(4), [zero_gradient])
+    values = norms(meta, "1", "2.bias")
+    values[4] = np.nan
+    run.records(12, values, noise=0.0)
+    assert run.only("zero_gradient").parameters == ("1.bias", "1.weight")
+
+
+def test_only_what_the_last_record_reached_is_named() -> None:
+    run = Run(chain(4), [zero_gradient])
+    for i in range(19):
+        values = np.array([0.0, 0.0, np.nan, np.nan, 1.0, 1.0, 1.0, 1.0])
+        run.record(values if i % 2 == 0 else values[[2, 2, 0, 0, 4, 4, 4, 4]], noise=0.0)
+    assert run.only("zero_gradient").layers == ("0",)
+
+
 # -- the end of a fall -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("norm", "told"), [pytest.param(0.9e-30, False, id="underflow"), pytest.param(1.1e-30, True, id="a cut")])
+@pytest.mark.parametrize(
+    ("norm", "told"), [pytest.param(0.98e-30, False, id="underflow"), pytest.param(1.02e-30, True, id="a cut")]
+)
 def test_the_end_of_a_fall_by_underflow_is_none(norm: float, told: bool) -> None:
     run = Run(meta := chain(4), [zero_gradient])
     values = norms(meta, "0", "1")
@@ -267,6 +291,14 @@ def test_the_reference_is_the_largest_gradient_of_the_next_layer_that_gets_one()
     alert = run.only("zero_gradient")
     assert alert.message.endswith(", 0.3 at 1")
     assert alert.evidence["reference_norm"] == pytest.approx(0.3)
+
+
+def test_the_reference_lies_behind_the_cut_and_gets_a_gradient() -> None:
+    run = Run(meta := chain(4), [zero_gradient])
+    values = norms(meta, "1")
+    values[:2], values[4:6], values[6:] = 7.0, np.nan, 0.25
+    run.records(12, values, noise=0.0)
+    assert run.only("zero_gradient").message.endswith(", 0.25 at 3")
 
 
 def test_a_parameter_of_the_root_is_called_the_model() -> None:
@@ -342,6 +374,15 @@ def test_where_others_step_it_needs_no_step_of_its_own() -> None:
     state = np.where(norms(meta, "0") == 0.0, np.uint8(GradState.REACHED), np.uint8(STEPPED)).astype(np.uint8)
     zeros(run, 12, "0", grad_state=state)
     assert run.rules() == ["zero_gradient"]
+
+
+def test_where_the_beginning_is_not_looked_back_to_it_is_the_first_record_that_is() -> None:
+    run = Run(chain(2), [])
+    zeros(run, 100, "0")
+    assert next(iter(zero_gradient(run.history))).step == 100 - 64
+    run = Run(chain(2), [])
+    zeros(run, 65, "0")
+    assert next(iter(zero_gradient(run.history))).step == 1
 
 
 def test_no_parameters_at_all_are_none() -> None:
