@@ -337,8 +337,9 @@ def _frozen(finding: Finding, history: History) -> tuple[str, str]:
             "The weights are kept in half precision, and a step smaller than half their last digit rounds away.",
             "Keep the weights in float32 and use autocast, or raise the learning rate, or use stochastic rounding.",
         )
+    at = f" at a learning rate of {e['lr']:.2g}" if "lr" in e else ""
     return (
-        f"A step at a learning rate of {e.get('lr', 0.0):.2g} is smaller than half the last digit of the weights and rounds away.",
+        f"A step{at} is smaller than half the last digit of the weights and rounds away.",
         "Raise the learning rate; look at what else scales the step (a scheduler, clipping, the loss).",
     )
 
@@ -354,15 +355,16 @@ def _too_large(finding: Finding, history: History) -> tuple[str, str]:
 
 def _too_small(finding: Finding, history: History) -> tuple[str, str]:
     e = finding.evidence
-    rate, ratio = e.get("lr", 0.0), e.get("update_ratio", 0.0)
+    ratio = e.get("update_ratio", 0.0)
     if e.get("gradient_ratio", 1.0) < FAINT:
         return (
             f"The gradient is {e['gradient_ratio']:.0e} of the weights: next to nothing of the loss gets here, at any usual learning rate.",
             "Look at what stands between these weights and the loss: a saturated output or critic, a tiny factor, a closed gate.",
         )
     factor = f" about {_round(1e-3 / ratio)} times" if ratio > 0 else ""
+    rate = f"At a learning rate of {e['lr']:.2g} the" if "lr" in e else "The"
     return (
-        f"At a learning rate of {rate:.2g} the steps are too small to change anything.",
+        f"{rate} steps are too small to change anything.",
         f"Raise the learning rate{factor}, to where an update changes about 1e-3 of the weights.",
     )
 

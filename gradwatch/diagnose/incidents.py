@@ -201,7 +201,7 @@ class Incidents:
             and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START)
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
-            and bool(other.alert.layers) == bool(cause.layers)
+            and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START)
             and touches(cause, other.alert, history)
         ]
         if not taken:

@@ -93,8 +93,23 @@ def test_several_dead_layers_are_one_alert_the_first_to_run_first() -> None:
 )
 def test_units_that_look_dead_and_are_not(share: float, flat: float) -> None:
     run = Run(meta := chain(4, activation="ReLU"))
+    healthy(run, 1)
     run.records(60, **dead(meta, share, flat))
     assert run.alarms() == []
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "told"),
+    [
+        pytest.param(32, 0.76, True, id="three in four of many"),
+        pytest.param(32, 0.74, False, id="some of many"),
+        pytest.param(31, 0.76, False, id="three in four of few"),
+    ],
+)
+def test_units_that_have_been_dead_from_the_first_look_on(width: int, share: float, told: bool) -> None:
+    run = Run(meta := chain(4, width=width, activation="ReLU"))
+    run.records(12, **dead(meta, share, 0.9))
+    assert run.rules() == (["dead_units"] if told else [])
 
 
 def test_a_layer_that_is_not_called_is_none() -> None:
@@ -139,7 +154,7 @@ def test_a_layer_that_died_between_two_looks_takes_the_place_of_what_it_starves(
     run.records(14, starved, **dead(meta, 0.1, name="3act"))
     alert = run.only("dead_units")
     assert (alert.step, alert.layers) == (78, ("3act",))
-    assert [a.rule for _, a in run.sent] == ["vanishing_gradient", "dead_units"]
+    assert [a.rule for _, a in run.sent] == ["zero_gradient", "dead_units"]
 
 
 def test_a_layer_found_dead_is_the_cause_of_a_fall_that_began_after_the_last_look_at_it() -> None:
@@ -247,6 +262,13 @@ def test_other_activations_are_none(activation: str) -> None:
     run = Run(meta := chain(4, activation=activation))
     run.records(60, **saturated(meta))
     assert run.alarms() == []
+
+
+def test_what_rectifies_is_not_judged_as_one_that_is_flat_at_both_ends() -> None:
+    run = Run(meta := chain(4, activation="Tanh"))
+    run.records(20, dead_fraction=layers(meta, m1act=0.0), **saturated(meta))
+    assert run.alarms() == []
+    assert run.notices == []
 
 
 def test_the_last_activation_is_an_output() -> None:

@@ -128,3 +128,54 @@ def test_flags_decide_who_is_stale_and_who_is_an_orphan() -> None:
     b = run.history.baselines
     assert b.orphan.tolist() == [2, 0, 0, 1]
     assert b.stale.tolist() == [0, 0, 2, 0]
+
+
+# -- looks that found nothing changed -----------------------------------------------------------------------------------------------
+
+LOOKED = GradState.REACHED | GradState.STEPPED
+SAME, CHANGED = np.uint8(LOOKED | GradState.SAME), np.uint8(LOOKED | GradState.CHANGED)
+
+
+def counts(*states: int | list[int], **columns: float) -> list[int]:
+    """`same` after records in which the flags of three vectors were these."""
+    run = Run(chain(3, bias=False), rules=())
+    for state in states:
+        run.record(grad_state=np.array(state, np.uint8), **columns)
+    return run.history.baselines.same.tolist()
+
+
+def test_looks_that_find_not_a_bit_changed_are_counted_column_by_column() -> None:
+    assert counts(SAME, [SAME, LOOKED, CHANGED], [SAME, SAME, CHANGED]) == [3, 2, 0]
+
+
+def test_a_change_makes_the_count_begin_again() -> None:
+    assert counts(SAME, SAME, [SAME, CHANGED, LOOKED | GradState.CHANGED]) == [3, 0, 0]
+    assert counts(SAME, SAME, CHANGED, SAME) == [1, 1, 1]
+
+
+def test_records_in_which_nobody_looked_whole_leave_the_count_as_it_is() -> None:
+    assert counts(SAME, LOOKED, int(GradState.REACHED), 0, LOOKED | GradState.STALE, SAME) == [2, 2, 2]
+
+
+def test_what_no_backward_reached_does_not_count() -> None:
+    assert counts(SAME, int(GradState.STEPPED | GradState.SAME), SAME) == [2, 2, 2]
+
+
+def test_what_else_happened_to_the_gradient_does_not_matter() -> None:
+    extra = GradState.CLEARED | GradState.CLIPPED | GradState.STALE
+    assert counts(int(SAME | extra), SAME) == [2, 2, 2]
+
+
+def test_records_without_full_statistics_do_not_count() -> None:
+    assert counts(SAME, SAME, weight_norm=np.nan, update_ratio=np.nan) == [0, 0, 0]
+
+
+def test_the_count_of_a_column_goes_with_it_when_the_model_changes() -> None:
+    run = Run(chain(3, bias=False), rules=())
+    run.record(grad_state=np.array([SAME, CHANGED, SAME]))
+    run.record(grad_state=np.array([SAME, CHANGED, CHANGED]))
+    b = run.history.baselines
+    b.relayout(4, np.array([0, 1]), np.array([3, 0]))
+    assert b.same.tolist() == [0, 0, 0, 2]
+    b = b.copy()
+    assert b.same.tolist() == [0, 0, 0, 2]

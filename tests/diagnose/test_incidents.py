@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gradwatch.diagnose.advice import _WORDS
+from gradwatch.diagnose.causes import CAUSES, POISON, RANK
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules, persistent
-from gradwatch.diagnose.rules.rule import TURNS, is_turn
+from gradwatch.diagnose.rules.rule import TURNS, is_turn, name_of
 from gradwatch.history import History
 from gradwatch.records import Alert, Finding, Severity
 from tests.diagnose.runs import Run, chain, change, said_in_replay
@@ -129,6 +131,252 @@ def test_other_consequences_keep_their_place(rule: str, step: int) -> None:
     assert run.rules() == [rule, "exploding_gradient"]
 
 
+# -- what is a consequence of what -------------------------------------------------------------------------------------------------
+
+
+def both(cause: Finding, consequence: Finding) -> list[str]:
+    """The alarms of two findings that are made after the same record, whichever rule is asked first."""
+    orders = []
+    for findings in ([cause, consequence], [consequence, cause]):
+        run = Run(chain(4), [at({9: each, 10: each}, 10) for each in findings])
+        run.records(10)
+        orders.append(run.rules())
+    assert sorted(orders[0]) == sorted(orders[1])
+    return orders[0]
+
+
+def test_every_rule_has_a_rank_but_those_of_the_loop() -> None:
+    names = {name_of(rule) for rule in default_rules()}
+    assert set(RANK) <= names
+    assert names - set(RANK) == {"never_stepped", "missing_gradient", "not_in_optimizer", "loss_scale_collapse"}
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        pytest.param(finding("missing_gradient", layers=("1",)), ["missing_gradient"], id="a fault of the loop"),
+        pytest.param(finding("a_users_rule", layers=("1",)), ["a_users_rule"], id="a user's rule"),
+        pytest.param(finding("zero_gradient", step=5, layers=("1",)), ["zero_gradient"], id="one that began later"),
+        pytest.param(finding("loss_scale_collapse"), ["loss_scale_collapse"], id="one without layers"),
+        pytest.param(finding("vanishing_gradient", Severity.INFO, layers=("1",)), ["loss_plateau"], id="not an information"),
+    ],
+)
+def test_a_plateau_is_what_every_open_alarm_looks_like(other: Finding, told: list[str]) -> None:
+    run = Run(
+        chain(4), [at(dict.fromkeys(range(8, 11), other), 10), at({9: finding("loss_plateau"), 10: finding("loss_plateau")}, 10)]
+    )
+    run.records(10)
+    assert run.rules() == told
+
+
+def test_a_plateau_after_the_end_of_an_alarm_stands_by_itself_and_extends_itself() -> None:
+    run = Run(
+        chain(4), [at({1: finding("zero_gradient", layers=("1",))}, 1), at({n: finding("loss_plateau") for n in range(5, 9)}, 10)]
+    )
+    run.records(8)
+    assert [(a.rule, a.state, a.count) for a in run.alarms()] == [("zero_gradient", "ended", 1), ("loss_plateau", "open", 4)]
+
+
+def test_a_plateau_that_was_told_first_stays() -> None:
+    run = Run(
+        chain(4), [at({3: finding("loss_plateau"), 9: finding("loss_plateau")}, 10), at({6: finding("missing_gradient")}, 10)]
+    )
+    run.records(9)
+    assert [(a.rule, a.count) for a in run.alarms()] == [("loss_plateau", 1), ("missing_gradient", 2)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "step", "folded"),
+    [
+        pytest.param("update_ratio_too_large", 5, True, id="at the same step"),
+        pytest.param("update_ratio_too_large", 4, True, id="a step before, for it shows in the next record"),
+        pytest.param("update_ratio_too_large", 3, False, id="two steps before"),
+        pytest.param("update_ratio_too_small", 4, True, id="too small as well"),
+        pytest.param("zero_gradient", 5, True, id="another rule at the same step"),
+        pytest.param("zero_gradient", 4, False, id="another rule a step before"),
+    ],
+)
+def test_a_step_shows_in_the_next_record(rule: str, step: int, folded: bool) -> None:
+    told = both(finding("exploding_gradient", step=5, layers=("",)), finding(rule, step=step, layers=("",)))
+    assert told == (["exploding_gradient"] if folded else ["exploding_gradient", rule])
+
+
+@pytest.mark.parametrize(
+    ("cause", "consequence", "folded"),
+    [
+        pytest.param("exploding_gradient", "vanishing_gradient", True, id="one end explodes, the other is small beside it"),
+        pytest.param("exploding_gradient", "zero_gradient", False, id="nothing is zero for that"),
+        pytest.param("vanishing_gradient", "zero_gradient", False, id="elsewhere"),
+        pytest.param("double_softmax", "vanishing_gradient", False, id="a softmax at the end"),
+    ],
+)
+def test_what_explains_something_elsewhere(cause: str, consequence: str, folded: bool) -> None:
+    told = both(finding(cause, layers=("0",)), finding(consequence, layers=("3",)))
+    assert told == ([cause] if folded else [cause, consequence])
+
+
+def test_vanishing_before_something_explodes_elsewhere_stands_by_itself() -> None:
+    told = both(finding("exploding_gradient", step=5, layers=("0",)), finding("vanishing_gradient", step=4, layers=("3",)))
+    assert told == ["exploding_gradient", "vanishing_gradient"]
+
+
+AFTER_THE_START = [name for names in CAUSES[CAUSES.index(("poor_init",)) + 1 :] for name in names]
+
+
+@pytest.mark.parametrize("rule", AFTER_THE_START)
+@pytest.mark.parametrize("cause", ["poor_init", "unnormalized_input"])
+def test_what_is_wrong_from_the_start_explains_what_comes_of_it_anywhere(cause: str, rule: str) -> None:
+    layers = () if rule.startswith("loss_") else ("0",)
+    assert both(finding(cause, layers=("3",)), finding(rule, step=4, layers=layers)) == [cause]
+
+
+@pytest.mark.parametrize(
+    "rule", ["missing_gradient", "not_in_optimizer", "never_stepped", "loss_scale_collapse", "gradients_not_zeroed"]
+)
+@pytest.mark.parametrize("cause", ["poor_init", "unnormalized_input", "update_ratio_too_large"])
+def test_faults_of_the_loop_are_no_consequences(cause: str, rule: str) -> None:
+    assert sorted(both(finding(cause, layers=("3",)), finding(rule, step=4, layers=("0",)))) == sorted([cause, rule])
+
+
+def test_an_init_is_told_under_the_inputs_where_both_name_the_same() -> None:
+    assert both(finding("unnormalized_input", layers=("",)), finding("poor_init", layers=("3",))) == ["unnormalized_input"]
+
+
+def later(cause: Finding, *before: Finding, told: int = 12, persistence: int = 10) -> Run:
+    """Some findings are told after 10 records, what explains them `told` records later."""
+    run = Run(chain(4), [at({10: list(before)}, 10), at({10 + told: cause}, persistence)])
+    run.records(10 + told)
+    return run
+
+
+@pytest.mark.parametrize("rule", [name for name in AFTER_THE_START if not name.endswith("_spike")])
+@pytest.mark.parametrize("cause", ["poor_init", "unnormalized_input"])
+def test_what_is_wrong_from_the_start_takes_the_place_of_what_was_told_before(cause: str, rule: str) -> None:
+    layers = () if rule.startswith("loss_") else ("0",)
+    run = later(finding(cause, layers=("3",)), finding(rule, step=4, layers=layers))
+    alert = run.only(cause)
+    assert (alert.step, alert.count, alert.state) == (0, 1, "open")
+    assert [(n, a.rule) for n, a in run.sent] == [(10, rule), (22, cause)]
+
+
+def test_it_takes_the_place_of_the_first_and_the_others_go() -> None:
+    spike, vanishing, zero = (finding(f"{name}_gradient", layers=("0",)) for name in ("missing", "vanishing", "zero"))
+    before = [replace(vanishing, step=2), replace(zero, step=3, layers=("2",)), finding("loss_diverging", step=1), spike]
+    run = later(finding("poor_init", step=3, layers=("3",)), *before)
+    assert [(a.rule, a.step) for a in run.alarms()] == [("poor_init", 2), ("loss_diverging", 1), ("missing_gradient", 0)]
+
+
+@pytest.mark.parametrize(
+    ("cause", "other"),
+    [
+        pytest.param(finding("poor_init", layers=("3",)), finding("gradient_spike", layers=("0",)), id="an event"),
+        pytest.param(finding("poor_init", layers=("3",)), finding("loss_spike"), id="an event of the loss"),
+        pytest.param(finding("poor_init", layers=("3",)), finding("missing_gradient", layers=("3",)), id="a fault of the loop"),
+        pytest.param(finding("poor_init", layers=("3",)), finding("double_softmax", layers=("0",)), id="a cause"),
+        pytest.param(
+            finding("poor_init", step=6, layers=("3",)), finding("zero_gradient", step=4, layers=("3",)), id="began before"
+        ),
+        pytest.param(
+            finding("exploding_gradient", layers=("3",)), finding("zero_gradient", step=4, layers=("3",)), id="not of the start"
+        ),
+        pytest.param(
+            finding("exploding_gradient", layers=("3",)), finding("loss_diverging"), id="not of the start, without layers"
+        ),
+        pytest.param(finding("non_finite_loss"), finding("loss_diverging"), id="a value that is not finite"),
+    ],
+)
+def test_what_is_told_later_does_not_take_every_place(cause: Finding, other: Finding) -> None:
+    assert later(cause, other).rules() == [other.rule, cause.rule]
+
+
+@pytest.mark.parametrize(("told", "persistence", "taken"), [(19, 10, True), (10, 5, True), (11, 5, False)])
+def test_what_was_last_seen_long_ago_is_another_matter(told: int, persistence: int, taken: bool) -> None:
+    run = later(finding("poor_init", layers=("3",)), finding("zero_gradient", layers=("0",)), told=told, persistence=persistence)
+    assert run.rules() == (["poor_init"] if taken else ["zero_gradient", "poor_init"])
+
+
+@pytest.mark.parametrize(
+    ("cause", "consequence", "folded"),
+    [
+        pytest.param("update_ratio_too_large", finding("vanishing_gradient", step=2, layers=("1",)), True, id="vanishing"),
+        pytest.param("update_ratio_too_large", finding("zero_gradient", step=4, layers=("1",)), True, id="zero"),
+        pytest.param("update_ratio_too_large", finding("vanishing_gradient", step=0, layers=("1",)), False, id="before it"),
+        pytest.param("update_ratio_too_large", finding("exploding_gradient", step=4, layers=("1",)), False, id="exploding"),
+        pytest.param("update_ratio_too_large", finding("dead_units", step=4, layers=("1",)), False, id="dead"),
+        pytest.param("update_ratio_too_small", finding("vanishing_gradient", step=4, layers=("1",)), False, id="too small"),
+        pytest.param("frozen_weights", finding("zero_gradient", step=4, layers=("1",)), False, id="frozen"),
+    ],
+)
+def test_steps_that_replace_the_weights_starve_layers_afterwards(cause: str, consequence: Finding, folded: bool) -> None:
+    run = Run(chain(4), [at({n: finding(cause, step=2, layers=("",)) for n in range(3, 7)}, 10), at({6: consequence}, 10)])
+    run.records(6)
+    assert run.rules() == ([cause] if folded else [cause, consequence.rule])
+
+
+def test_steps_of_another_optimizer_starve_nothing() -> None:
+    cause, starved = finding("update_ratio_too_large", layers=("0",)), finding("zero_gradient", step=4, layers=("2",))
+    assert both(cause, starved) == ["zero_gradient", "update_ratio_too_large"]
+
+
+def test_bad_values_explain_the_course_of_the_loss() -> None:
+    for rule in ("loss_diverging", "loss_spike"):
+        for cause in sorted(POISON):
+            assert both(finding(cause, Severity.ERROR), finding(rule)) == [cause]
+
+
+def test_a_consequence_changes_nothing_of_what_is_told_of_its_cause() -> None:
+    cause = finding("exploding_gradient", Severity.ERROR, step=3, parameters=("2.weight",), message="it grows", evidence={"a": 1.0})
+    other = finding("vanishing_gradient", Severity.ERROR, step=4, parameters=("0.weight",), message="it falls", evidence={"b": 1.0})
+    run = Run(chain(4), [at({5: cause}, 10), at({6: other, 7: other}, 10)])
+    run.records(5)
+    before = run.only("exploding_gradient")
+    run.records(2)
+    assert run.only("exploding_gradient") == replace(before, count=3, last_step=6)
+
+
+def test_words_are_found_again_where_the_severity_rises() -> None:
+    kept = finding("frozen_weights", Severity.INFO, layers=("1",), evidence={"lr": 0.1})
+    run = Run(chain(4), [at({1: kept, 2: replace(kept, severity=Severity.WARNING, evidence={"lr": 0.0})}, 10)])
+    run.records(2)
+    assert run.only("frozen_weights").cause.startswith("Their learning rate is 0")
+
+
+def test_a_finding_that_names_parameters_is_the_more_exact_one() -> None:
+    modules, exact = finding(layers=("1", "2")), finding(parameters=("1.weight",))
+    run = Run(chain(4), [at({1: modules, 2: exact, 3: modules}, 10)])
+    run.records(3)
+    alert = run.only("symptom")
+    assert (alert.layers, alert.parameters) == (("1",), ("1.weight",))
+
+
+# The same with the rules themselves.
+
+
+def test_a_run_of_raw_inputs_that_diverges_is_one_alarm_about_its_inputs() -> None:
+    run = Run(meta := chain(4))
+    rms = np.array([1.0, 0.625 * 100.0, 1.0, 1.0, 1.0])
+    for i in range(20):
+        run.record(loss=1.0 if i < 3 else 100.0, input_mean=0.0, input_std=100.0, activation_rms=rms, update_ratio=0.5)
+    assert meta.layers[0].name == ""
+    alert = run.only("unnormalized_input")
+    assert (alert.step, alert.layers) == (0, ("",))
+    assert {a.rule for n, a in run.sent if n < 14} == {"update_ratio_too_large", "loss_diverging"} & {a.rule for _, a in run.sent}
+
+
+def test_steps_too_large_of_which_layers_die_are_one_alarm() -> None:
+    run = Run(chain(4))
+    run.records(12, update_ratio=1.0)
+    run.records(15, np.repeat([0.0, 0.0, 1.0, 1.0], 2), update_ratio=1.0, noise=0.0)
+    alert = run.only("update_ratio_too_large")
+    assert (alert.step, alert.count) == (0, 18)
+
+
+def test_layers_without_a_gradient_explain_why_a_classifier_stays_a_guess() -> None:
+    run = Run(replace(chain(4), criterion="cross_entropy", guess=1.0))
+    run.records(120, np.repeat([0.0, 0.0, 1.0, 1.0], 2), noise=0.0)
+    assert run.only("zero_gradient").count == 111
+
+
 def test_a_bad_gradient_that_poisons_weights_and_loss_stays_one_incident_with_its_first_place() -> None:
     run = Run(chain(4))
     run.records(12)
@@ -185,6 +433,14 @@ def test_out_of_scope_names_go_and_a_finding_left_with_none_goes_too() -> None:
     )
     run.records(3)
     assert [(a.rule, a.layers) for a in run.alarms()] == [("a", ("2",)), ("c", ())]
+
+
+def test_a_finding_of_modules_out_of_scope_goes_too() -> None:
+    meta = chain(4)
+    meta = replace(meta, layers=tuple(replace(f, in_scope=f.name != "1") for f in meta.layers))
+    run = Run(meta, [at({1: finding("a", layers=("1",)), 2: finding("b", layers=("1", "2"))})])
+    run.records(2)
+    assert [(a.rule, a.layers) for a in run.alarms()] == [("b", ("2",))]
 
 
 def test_judging_again_without_a_new_record_does_not_count_twice() -> None:

@@ -158,11 +158,11 @@ def saturated_activation(history: History) -> Iterator[Finding]:
     some = flat >= FROM_START
     if not some.any():
         return
-    some &= _kinds(history.meta).two_sided
+    rectifies = history.recent("dead_fraction", 1)[0] >= 0
+    some &= _kinds(history.meta).two_sided & ~rectifies
     if not some.any():
         return
-    rectifies = history.recent("dead_fraction", 1)[0] >= 0
-    looks = _Looks.of(history, np.flatnonzero(some & ~rectifies))
+    looks = _Looks.of(history, np.flatnonzero(some))
     looks = looks.pick(looks.run(FROM_START).lasts)
     if not looks.layers.size:
         return

@@ -20,15 +20,13 @@ IMPROVED = 0.9
 def has_learnt(history: History) -> bool:
     """Whether the last losses lie below what the run began with, before its first step, and below that of the best constant output.
 
-    A loss that has been lost has learnt nothing; where none is known this is True.
+    A loss that has been lost has learnt nothing; where none is known, or none any more, this is True.
     """
     b = history.baselines
-    if not b.first_losses.size:
-        return not b.losses.size or bool(np.isnan(history.recent("loss_terms", 1)[0]))
     recent = b.losses[-WINDOW // 2 :]
     recent = recent[np.isfinite(recent)]
-    if not recent.size:
-        return False
+    if not b.first_losses.size or not recent.size:
+        return not b.losses.size or not history.recent("loss_terms", 1)[0] > 0
     terms = float(history.recent("loss_terms", 1)[0])
     limits = [float(b.first_losses[0])] + ([history.meta.guess * terms] if history.meta.guess * terms > 0 else [])
     if min(limits) <= 0:

@@ -184,9 +184,9 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)
     losses = losses[np.isfinite(losses)]
-    if len(losses) < FLAT_UPDATES * 3 // 4 or not _is_comparable(history):
+    if len(losses) < FLAT_UPDATES * 3 // 4 or not b.first_losses.size or not _is_comparable(history):
         return
-    guess = meta.guess * float(history.recent("loss_terms", 1)[0])
+    guess = _guess(history)
     half = len(losses) // 2
     earlier, later = median(losses[:half]), median(losses[half:])
     high = classes and min(earlier, later) >= AS_A_GUESS * guess
@@ -228,11 +228,15 @@ def _overshoots(history: History) -> bool:
 
 
 def _since(history: History, high: float) -> int:
-    """The first kept record since when the loss has been above, but for single ones."""
+    """The first kept record since when the loss has been above half of that, but for single ones."""
     losses = history.baselines.losses
-    low = np.flatnonzero(~(losses > 0.5 * high))
+    low = ~(losses > 0.5 * high)
     start = history.recorded - len(losses)
-    return start + int(low[-1]) + 1 if low.size else start
+    if low[0]:
+        low = np.append(True, low)  # what was low when the kept ones begin was low before
+        start -= 1
+    pairs = np.flatnonzero(low[1:] & low[:-1])
+    return start + int(pairs[-1]) + 2 if pairs.size else start
 
 
 def _has_been_so_since(history: History, level: float) -> int:

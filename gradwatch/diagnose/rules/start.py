@@ -190,7 +190,9 @@ def _since(history: History, size: float) -> tuple[int, float]:
     small = np.flatnonzero(sizes < size / LARGE)
     if not small.size or small[-1] + 1 >= len(sizes):
         return 0, float("nan")
-    return int(steps[small[-1] + 1]), float(np.median(sizes[: small[-1] + 1]))
+    before = float(np.median(sizes[: small[-1] + 1]))
+    # A small batch among large ones is none of their beginning.
+    return (int(steps[small[-1] + 1]), before) if size >= LARGE * before else (0, float("nan"))
 
 
 def _classes(history: History) -> int:
@@ -207,7 +209,8 @@ def _symmetric(history: History) -> Finding | None:
     sick = meta.still_equal & meta.trainable & (b.stepped >= WINDOW // 2) & (b.seen >= WINDOW // 2)
     if not sick.any():
         return None
-    nothing = (b.first <= ZERO).all(axis=0) & (b.last <= ZERO).all(axis=0)
+    # Of a matrix that was seen less than `WINDOW` times some of these are NaN, which is not above anything.
+    nothing = ~((b.first > ZERO).any(axis=0) | (b.last > ZERO).any(axis=0))
     sick &= ~nothing | (meta.blank & (progress(history) is Progress.STUCK))
     columns = np.flatnonzero(sick)
     if not columns.size:

@@ -96,16 +96,18 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     if not columns.size:
         return
     matrices = int((meta.ndim[columns] >= 2).sum())
-    rate = float(b.lr[columns].max()) if np.isfinite(b.lr[columns]).any() else float("nan")
+    rate = _rate(history, columns)
     gone = int(cleared[columns].sum())
-    why = "the gradients were cleared before it" if gone == len(columns) else f"the learning rate is {rate:.2g}"
+    why = ": the gradients were cleared before it" if gone == len(columns) else ""
+    if not why and np.isfinite(rate):
+        why = f": the learning rate is {rate:.2g}"
     what = f"{len(columns)} parameters" if len(columns) > 1 else meta.parameters[columns[0]].name
     yield Finding(
         "frozen_weights",
         Severity.WARNING if matrices else Severity.INFO,
         _since_the_same(history, columns),
         parameters=named(meta, columns),
-        message=f"no step changes a bit of {what}, though gradients reach {'them' if len(columns) > 1 else 'it'}: {why}",
+        message=f"no step changes a bit of {what}, though gradients reach {'them' if len(columns) > 1 else 'it'}{why}",
         evidence={
             "parameters": len(columns),
             "matrices": matrices,
@@ -140,7 +142,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         return
     learnt = has_learnt(history)
     for columns in _matrices_by_owner(history):
-        ratios = _ratios(history, columns)
+        ratios, steps = _ratios(history, columns, KEPT)
         if not ratios.size:
             continue
         recent = ratios[-LOOKS:]
@@ -155,10 +157,10 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         yield Finding(
             "update_ratio_too_large",
             Severity.WARNING,
-            step,
+            int(steps[since]),
             layers=_layers(history, columns),
-            message=f"an update changes the weights by {largest:.2g} of their size",
-            evidence={"update_ratio": largest, "usual_update_ratio": usual, "lr": _rate(history, columns)},
+            message=f"an update changes the weights by {at_once:.2g} of their size",
+            evidence={"update_ratio": at_once, "usual_update_ratio": usual, "lr": _rate(history, columns)},
         )
 
 
@@ -185,7 +187,10 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
         if not (b.update_ratio < NEGLIGIBLE).any():
             return
     for columns in _matrices_by_owner(history):
-        ratios = _ratios(history, columns)
+        # Of all kept records only once the last look is small: most do not come this far.
+        if not _together(b.update_ratio[columns], b.weight_norm[columns]) < NEGLIGIBLE:
+            continue
+        ratios, steps = _ratios(history, columns, None)
         if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
             continue
         if median(ratios[-LOOKS // 2 :]) > GROWS * median(ratios[: LOOKS // 2]):
@@ -199,7 +204,7 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
         yield Finding(
             "update_ratio_too_small",
             Severity.WARNING,
-            0,
+            int(steps[0]) if steps[0] >= WINDOW else 0,
             layers=_layers(history, columns),
             message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
             evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
@@ -244,31 +249,33 @@ def _matrices_by_owner(history: History) -> tuple[NDArray[np.int64], ...]:
     return owned.columns
 
 
-def _ratios(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The update ratio of some matrices together, in each kept record that looked at them, oldest first."""
-    ratio = history.recent("update_ratio", KEPT)[:, columns].astype(float)
-    weight = history.recent("weight_norm", KEPT)[:, columns].astype(float)
+def _ratios(history: History, columns: NDArray[np.int64], last: int | None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The update ratio of some matrices together, in each of the last kept records that looked at them, oldest first, and their steps."""
+    ratio, weight = history.recent("update_ratio", last)[:, columns], history.recent("weight_norm", last)[:, columns]
+    together = _together(ratio, weight)
+    looked = np.isfinite(together)
+    return together[looked], history.steps[-len(together) :][looked]
+
+
+def _together(ratio: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The update ratio of matrices along the last axis together, by their own and their norms; NaN where none is known."""
     known = np.isfinite(ratio) & np.isfinite(weight)
-    looked = known.any(axis=1)
-    ratio, weight = np.where(known, ratio, 0.0)[looked], np.where(known, weight, 0.0)[looked]
-    below = np.square(weight).sum(axis=1)
+    ratios, weights = np.where(known, ratio, 0.0).astype(float), np.where(known, weight, 0.0).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        together = np.sqrt(np.square(ratio * weight).sum(axis=1) / below)
-    good: NDArray[np.float64] = together[below > 0]
-    return good
+        together: NDArray[np.float64] = np.sqrt(np.square(ratios * weights).sum(axis=-1) / np.square(weights).sum(axis=-1))
+    return together
 
 
-KEPT = 64
-"""Records among which looks are taken: those of the dense start."""
+KEPT = 128
+"""Records among which looks are taken: `LOOKS` of them and more where one in ten is looked at."""
 
 
-def _since_ratio(history: History, columns: NDArray[np.int64], least: float) -> int:
-    """The first of the kept updates in which the ratio was so large."""
-    ratio = history.recent("update_ratio", KEPT)[:, columns]
-    with np.errstate(invalid="ignore"):
-        large = np.flatnonzero((ratio >= least).any(axis=1))
-    steps = history.steps[-len(ratio) :]
-    return int(steps[large[0]]) if large.size else int(steps[-1])
+def _since_large(ratios: NDArray[np.float64]) -> int:
+    """The first of the last `LOOKS` looks with a ratio of `SUSTAINED`, or of those right before that have it too."""
+    large = ratios >= SUSTAINED
+    first = len(large) - LOOKS + int(np.argmax(large[-LOOKS:]))
+    before = np.flatnonzero(~large[:first])
+    return int(before[-1]) + 1 if before.size else 0
 
 
 def _did_harm(history: History, step: int) -> bool:

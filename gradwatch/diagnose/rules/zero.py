@@ -26,7 +26,7 @@ smallest normal number is 1.2e-38, and a layer takes away a few decades at most.
 @patient
 @persistent(WINDOW)
 def zero_gradient(history: History) -> Iterator[Finding]:
-    """A backward pass reaches all parameters of a layer and gives every element of every one of them exactly zero, update after update.
+    """A backward pass gives every element of every parameter that it reaches in a layer exactly zero, update after update.
 
     With `g` the norm of a parameter's gradient: `g = 0` for all trainable parameters of a module that holds a matrix, in the last
     `WINDOW` records that reached it. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative
