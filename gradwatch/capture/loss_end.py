@@ -81,7 +81,7 @@ class Criterion:
     Attributes:
         name: of the function in `torch.nn.functional`; its reduction is the mean.
         guess: loss of the best constant output; NaN where it is not known.
-        broadcast: the prediction was expanded to the shape of the target.
+        broadcast: N predictions were expanded to N x N by the shape of the target.
     """
 
     name: str
@@ -150,7 +150,7 @@ def criterion(roots: Iterable[Any], loss_scale: float = 1.0) -> Criterion | None
         return None
     weighted = private.saved_tensor(node, "weight") is not None or private.saved_tensor(node, "pos_weight") is not None
     guess = math.nan if weighted else _guess(name, node, "target" if of == "self" else "self")
-    return Criterion(name, guess * factor, _is_expanded(given, private.output_shape(*given)))
+    return Criterion(name, guess * factor, _is_crossed(given, private.output_shape(*given)))
 
 
 def _by_hand(node: Any, factor: float) -> Criterion | None:
@@ -168,7 +168,7 @@ def _by_hand(node: Any, factor: float) -> Criterion | None:
     sides = [side for side in minus.next_functions if side[0] is not None]
     if len(sides) != 1 or difference.dim() == 0 or len(difference) < 2 or difference.numel() > _TARGETS:
         return None
-    broadcast = _is_expanded(sides[0], tuple(difference.shape))
+    broadcast = _is_crossed(sides[0], tuple(difference.shape))
     name = "mse_loss" if square else "l1_loss"
     if not _readable(difference) or not difference.is_floating_point():
         return Criterion(name, math.nan, broadcast)
@@ -178,12 +178,15 @@ def _by_hand(node: Any, factor: float) -> Criterion | None:
     return Criterion(name, float(guess) * factor, broadcast)
 
 
-def _is_expanded(given: tuple[Any, int], shape: tuple[int, ...] | None) -> bool:
-    """What a node of the graph made was repeated to this shape, by an `expand` that it may be itself; False where shapes are not known."""
+def _is_crossed(given: tuple[Any, int], shape: tuple[int, ...] | None) -> bool:
+    """N values that a node of the graph made were repeated to N x N, by an `expand` that it may be itself; False where shapes are not known.
+
+    Every prediction is compared with every target then. One row for all, `(1, 10)`, may be meant.
+    """
     if _name(given[0]) == "Expand":
         given = given[0].next_functions[0]
     before = private.output_shape(*given)
-    return before is not None and shape is not None and math.prod(before) != math.prod(shape)
+    return before is not None and shape is not None and math.prod(before) > 1 and math.prod(before) ** 2 == math.prod(shape)
 
 
 def _guess(name: str, node: Any, of: str) -> float:

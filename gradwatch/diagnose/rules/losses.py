@@ -94,7 +94,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     if len(b.losses) < WINDOW or len(b.first_losses) < START:
         return
     start = median(b.first_losses[:START])
-    recent, guess = b.losses[-RECENT:], history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    recent, guess = b.losses[-RECENT:], _guess(history)
     classes = history.meta.criterion == "cross_entropy" and guess > 0
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
@@ -139,7 +139,7 @@ def loss_spike(history: History) -> Iterator[Finding]:
     # A first look that most records end at.
     if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= TWICE * float(before.max()):
         return
-    usual, guess = median(before), history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    usual, guess = median(before), _guess(history)
     known = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and loss >= guess
     if not usual > 0 or loss < (TWICE if known else SPIKE) * float(before.max()) or not _is_comparable(history):
         return
@@ -218,6 +218,13 @@ def _is_comparable(history: History) -> bool:
         and (finite > 0).all()
         and (b.first_losses > 0).all()
     )
+
+
+def _guess(history: History) -> float:
+    """The loss of the best constant output in an update of as many losses as the last one that showed any; 0 where it is not known."""
+    terms = history.recent("loss_terms", KEPT)
+    terms = terms[np.isfinite(history.recent("loss", KEPT))]
+    return history.meta.guess * float(terms[-1]) if terms.size and terms[-1] > 0 else 0.0
 
 
 def _overshoots(history: History) -> bool:

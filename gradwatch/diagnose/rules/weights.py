@@ -150,14 +150,14 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         at_once = float(ratios.max())
         if not (at_once >= AT_ONCE or usual >= SUSTAINED):
             continue
-        step = _since_ratio(history, columns, AT_ONCE if usual < SUSTAINED else SUSTAINED)
+        since = _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
+        step = int(steps[since])
         if not _did_harm(history, step) and (learnt or (step < LOOKS and recovers_soon(history))):
             continue
-        largest = max(at_once, usual)
         yield Finding(
             "update_ratio_too_large",
             Severity.WARNING,
-            int(steps[since]),
+            step,
             layers=_layers(history, columns),
             message=f"an update changes the weights by {at_once:.2g} of their size",
             evidence={"update_ratio": at_once, "usual_update_ratio": usual, "lr": _rate(history, columns)},
