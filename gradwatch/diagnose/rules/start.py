@@ -17,6 +17,9 @@ from gradwatch.facts import ParameterFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
+AGAIN = 10
+"""Records between two looks at the end of the graph, at most, in which what is found there may have begun."""
+
 FAR_FROM_A_GUESS = 6.0
 """Times the loss of the best constant output that the first loss is, from which the last layer was made far too large. The usual
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
@@ -91,7 +94,7 @@ def double_softmax(history: History) -> Iterator[Finding]:
     yield Finding(
         "double_softmax",
         Severity.WARNING,
-        0,
+        max(0, meta.squashed_since - AGAIN + 1) if meta.squashed_since else 0,
         layers=(meta.squashed_by,),
         message=f"the loss applies a {function} to the {function} of {where}{ceiling}",
         evidence=evidence,
