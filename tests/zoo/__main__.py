@@ -65,7 +65,10 @@ def _judge(tools: tuple[str, ...], groups: dict[str, list[Case]], options: argpa
         seeds = f"{options.seeds} {'seed' if options.seeds == 1 else 'seeds'}"
         print(f"\n{of}: {len(groups[of])} cases, {seeds}\n{table(scores)}")
         for tool, total in scores.items():
-            if options.check and not total.reached:
+            if options.check == "silence" and not total.silent:
+                missed = True
+                print(f"{tool} is not silent in {of}: {TRUE:.0%} of the alerts true, no healthy run alarmed, no run raising")
+            if options.check == "reach" and not total.reached:
                 missed = True
                 reach = (
                     f"{IN_TIME:.0%} named in time, {LOCALISED:.0%} localised, {TRUE:.0%} of the alerts true, no healthy run alarmed"
@@ -130,7 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         "--against", default="", metavar="TOOL,...", help=f"run these instead: {', '.join([suite.GRADWATCH, *against.TOOLS])}"
     )
     parser.add_argument("--proofs", action="store_true", help="train without a watch and print what each proof measured")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the reach is missed")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="reach",
+        choices=("reach", "silence"),
+        help="exit with 1 where the reach is missed, or only where a healthy run is alarmed or too many alerts are not true",
+    )
     parser.add_argument("--quiet", action="store_true", help="only the totals")
     parser.add_argument(
         "--show", action="store_true", help="speak of the runs of the second half too: it is held out, and then spent"
