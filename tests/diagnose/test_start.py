@@ -532,6 +532,15 @@ def test_a_last_batch_that_is_small_upsets_nothing() -> None:
     assert run.notices == []
 
 
+def test_a_last_batch_that_is_small_again_does_not_hide_since_when_the_others_have_been_large() -> None:
+    run = Run(meta := chain(4), [unnormalized_input])
+    for std in (*[1.0] * 11, 100.0, 100.0, 1.0):
+        run.record(**(inputs(meta) | {"input_std": std}))
+    alert = run.only("unnormalized_input")
+    assert alert.step == 11
+    assert alert.evidence["input_rms_before"] == 1.0
+
+
 def test_inputs_that_were_exactly_zero_before_have_become_no_number_of_times_as_large() -> None:
     run = Run(meta := chain(4), [unnormalized_input])
     run.records(20, **inputs(meta, 0.0, 0.0))

@@ -429,6 +429,8 @@ def test_matrices_of_which_not_all_is_known_are_left_out(unknown: str, ratio: fl
     run.records(12, **columns)
     (alert,) = run.alarms()
     assert alert.evidence["update_ratio"] == pytest.approx(ratio)
+    if alert.rule == "update_ratio_too_small":
+        assert alert.evidence["gradient_ratio"] == pytest.approx(0.2, rel=0.3)
 
 
 def test_frozen_parameters_are_not_named() -> None:

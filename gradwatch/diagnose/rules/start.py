@@ -163,8 +163,10 @@ def _since(history: History, size: float) -> tuple[int, float]:
     sizes = np.hypot(history.stat("input_mean").astype(float), history.stat("input_std").astype(float))
     steps = history.steps[np.isfinite(sizes)]
     sizes = sizes[np.isfinite(sizes)]
+    # Up to the last that was so large: small ones after it are not before it.
+    sizes = sizes[: int(np.flatnonzero(sizes >= size / LARGE)[-1]) + 1]
     small = np.flatnonzero(sizes < size / LARGE)
-    if not small.size or small[-1] + 1 >= len(sizes):
+    if not small.size:
         return 0, float("nan")
     before = float(np.median(sizes[: small[-1] + 1]))
     # A small batch among large ones is none of their beginning.
