@@ -88,7 +88,7 @@ class InitialFacts:
         self.still_equal: set[int] = set()
 
     def look_again(self, parameters: Sequence[Tensor]) -> bool:
-        """Called after each record: after `SYMMETRY_AFTER` of them, find out whose rows are equal still; whether that was now."""
+        """Called when a record closes: after `SYMMETRY_AFTER` of them, find out whose rows are equal still; whether that was now."""
         if self._due <= 0:
             return False
         self._due -= 1
@@ -181,7 +181,8 @@ def describe(
                 layer=layer,
                 shape=tuple(p.shape) if materialised(p) or p.device.type == "meta" else (),
                 dtype=str(p.dtype).removeprefix("torch."),
-                trainable=p.requires_grad,
+                # As of the last scan: a GAN freezes its other half for a step.
+                trainable=table.trainable[slot],
                 owner=owners.get(slot),
                 init_rms=rms,
                 equal_rows=equal,

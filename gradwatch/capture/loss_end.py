@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradwatch.capture import private
+from gradwatch.capture.parameters import on_host
 
 MAX_NODES = 100_000
 """Nodes looked at; 1.5 us each, once for each graph. What lies behind more is not found."""
@@ -62,6 +64,9 @@ _NAMES = {
     "BinaryCrossEntropy": "binary_cross_entropy",
     "BinaryCrossEntropyWithLogits": "binary_cross_entropy_with_logits",
 }
+_SYMMETRIC = frozenset({"mse_loss", "smooth_l1_loss", "huber_loss"})
+"""Those that may be given the target first."""
+
 _MEAN = 1
 """Number of `reduction="mean"` in torch."""
 
@@ -76,7 +81,7 @@ class Criterion:
     Attributes:
         name: of the function in `torch.nn.functional`; its reduction is the mean.
         guess: loss of the best constant output; NaN where it is not known.
-        broadcast: the prediction was expanded to the shape of the target.
+        broadcast: N predictions were expanded to N x N by the shape of the target.
     """
 
     name: str
@@ -102,15 +107,15 @@ def squashed(roots: Iterable[Any], limit: int = MAX_NODES) -> Squashed | None:
 
     A log-softmax of logarithms of probabilities changes nothing, and is none.
     """
-    seen: set[Any] = set(_starts(roots))
-    todo = list(seen)
+    todo = deque(_starts(roots))
+    seen: set[Any] = set(todo)
     while todo and len(seen) < limit:
-        node = todo.pop()
+        node = todo.popleft()  # what is next to the loss comes first, whatever else is added to it
         inner = _PAIRS.get(type(node).__name__)
         if inner is not None:
             path = _down_to(node, inner)
             if path is not None:
-                return Squashed(_WORDS[inner], frozenset(private.sequence_number(each) for each in path))
+                return Squashed(_WORDS[inner], frozenset(private.sequence_number(each) for each in path) - {-1})
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
@@ -125,27 +130,34 @@ def criterion(roots: Iterable[Any], loss_scale: float = 1.0) -> Criterion | None
 
     Args:
         roots: of the backward.
-        loss_scale: what a GradScaler multiplied the loss by.
+        loss_scale: what a GradScaler multiplied the loss by; NaN: a number that is on a device.
     """
+    roots = list(roots)
     starts = _starts(roots)
-    if len(starts) != 1:
+    if len(roots) != 1 or not starts or not isinstance(roots[0], Tensor) or roots[0].numel() != 1:
         return None
-    node, factor = _without_factors(starts[0])
+    node, factor = _without_factors(starts[0], loss_scale)
     if _name(node) == "Mean":
-        return _by_hand(node, factor / loss_scale)
+        return _by_hand(node, factor)
     name = _NAMES.get(_name(node))
-    if name is None or not factor > 0 or private.saved_number(node, "reduction") != _MEAN or not node.next_functions:
+    if name is None or not factor > 0 or private.saved_number(node, "reduction") != _MEAN:
         return None
-    given = node.next_functions[0][0]
-    if given is None or (name == "cross_entropy" and _name(_through(given, _SAME_VALUES)) != "LogSoftmax"):
+    sides = {of: side for of, side in zip(("self", "target"), node.next_functions, strict=False) if side[0] is not None}
+    if len(sides) != 1 or ("self" not in sides and name not in _SYMMETRIC):
+        return None  # a target that is computed is no target that a constant could meet
+    ((of, given),) = sides.items()
+    if name == "cross_entropy" and _name(_through(given[0], _SAME_VALUES)) != "LogSoftmax":
         return None
     weighted = private.saved_tensor(node, "weight") is not None or private.saved_tensor(node, "pos_weight") is not None
-    guess = math.nan if weighted else _guess(name, node)
-    return Criterion(name, guess * factor / loss_scale, _name(given) == "Expand")
+    guess = math.nan if weighted else _guess(name, node, "target" if of == "self" else "self")
+    return Criterion(name, guess * factor, _is_crossed(given, private.output_shape(*given)))
 
 
 def _by_hand(node: Any, factor: float) -> Criterion | None:
-    """The mean of squares or of absolute values of a difference, `((model(x) - y) ** 2).mean()`: of it the difference is left, no target."""
+    """The mean of squares or of absolute values of a difference, `((model(x) - y) ** 2).mean()`: of it the difference is left, no target.
+
+    `l1_loss` is one too.
+    """
     power = node.next_functions[0][0]
     square = power is not None and _name(power) == "Pow" and private.saved_number(power, "exponent") == 2
     if not factor > 0 or not (square or (power is not None and _name(power) == "Abs")):
@@ -153,13 +165,12 @@ def _by_hand(node: Any, factor: float) -> Criterion | None:
     difference, minus = private.saved_tensor(power, "self"), power.next_functions[0][0]
     if difference is None or minus is None or _name(minus) != "Sub":
         return None
-    sides = [side for side, _ in minus.next_functions if side is not None]
+    sides = [side for side in minus.next_functions if side[0] is not None]
     if len(sides) != 1 or difference.dim() == 0 or len(difference) < 2 or difference.numel() > _TARGETS:
         return None
-    given = private.output_shape(sides[0])
-    broadcast = given is not None and math.prod(given) != difference.numel()
+    broadcast = _is_crossed(sides[0], tuple(difference.shape))
     name = "mse_loss" if square else "l1_loss"
-    if difference.device.type != "cpu":
+    if not _readable(difference) or not difference.is_floating_point():
         return Criterion(name, math.nan, broadcast)
     values = difference.detach().double()
     # What varies is the target and, at first a little, the prediction.
@@ -167,32 +178,59 @@ def _by_hand(node: Any, factor: float) -> Criterion | None:
     return Criterion(name, float(guess) * factor, broadcast)
 
 
-def _guess(name: str, node: Any) -> float:
-    """Loss of the best constant output on this batch, one constant for each place behind the first dimension; NaN: not known."""
+def _is_crossed(given: tuple[Any, int], shape: tuple[int, ...] | None) -> bool:
+    """N values that a node of the graph made were repeated to N x N, by an `expand` that it may be itself; False where shapes are not known.
+
+    Every prediction is compared with every target then. One row for all, `(1, 10)`, may be meant.
+    """
+    if _name(given[0]) == "Expand":
+        given = given[0].next_functions[0]
+    before = private.output_shape(*given)
+    return before is not None and shape is not None and math.prod(before) > 1 and math.prod(before) ** 2 == math.prod(shape)
+
+
+def _guess(name: str, node: Any, of: str) -> float:
+    """Loss of the best constant output on this batch, one constant for each place behind the first dimension; NaN: not known.
+
+    Of a cross-entropy that of equal logits, whatever the classes of this batch are; of the losses between the squared and the absolute
+    error that of the better of mean and median.
+    """
     if name == "cross_entropy":
         scores = private.saved_tensor(node, "self")
         return math.log(scores.shape[1] if scores.dim() > 1 else len(scores)) if scores is not None and scores.numel() else math.nan
-    target = private.saved_tensor(node, "target")
+    target = private.saved_tensor(node, of)
     if target is None or target.dim() == 0 or len(target) < 2 or not target.is_floating_point() or target.numel() > _TARGETS:
         return math.nan
-    if target.device.type != "cpu":  # to ask a device for the value would be to wait for it
+    if not _readable(target):
         return math.nan
     values = target.detach().double()
     with torch.no_grad():
         if name.startswith("binary"):
-            share = values.mean(0).clamp(1e-12, 1.0 - 1e-12)
-            return float(-(share * share.log() + (1.0 - share) * (1.0 - share).log()).mean())
-        best = (values.mean(0) if name == "mse_loss" else values.median(0).values).expand_as(values)
+            share = values.mean(0)
+            # Exactly 0, which is not known, where all targets are the same: a first batch without a positive one says nothing.
+            return float((torch.special.entr(share) + torch.special.entr(1.0 - share)).mean())
+        mean = values.mean(0).expand_as(values)
+        if name == "mse_loss":
+            return float(F.mse_loss(mean, values))
+        both = mean, values.median(0).values.expand_as(values)
         if name == "smooth_l1_loss":
-            return float(F.smooth_l1_loss(best, values, beta=float(node._saved_beta)))
-        if name == "huber_loss":
-            return float(F.huber_loss(best, values, delta=float(node._saved_delta)))
-        return float(F.mse_loss(best, values) if name == "mse_loss" else F.l1_loss(best, values))
+            beta = private.saved_number(node, "beta")
+            return math.nan if beta is None else min(float(F.smooth_l1_loss(best, values, beta=beta)) for best in both)
+        delta = private.saved_number(node, "delta")
+        return math.nan if delta is None else min(float(F.huber_loss(best, values, delta=delta)) for best in both)
 
 
-def _without_factors(node: Any) -> tuple[Any, float]:
-    """The node below multiplications and divisions by numbers, and what they amount to; NaN where that is on a device."""
-    factor = 1.0
+def _readable(tensor: Tensor) -> bool:
+    """Its values can be asked for: they are on no device that would have to be waited for, and it is what it seems."""
+    return type(tensor) in (Tensor, nn.Parameter) and on_host(tensor)
+
+
+def _without_factors(node: Any, loss_scale: float) -> tuple[Any, float]:
+    """The node below multiplications and divisions by numbers, and what they amount to over the loss scale; NaN where that is on a device.
+
+    A loss scale on a device is the first factor there, and comes to 1.
+    """
+    factor = 1.0 / loss_scale
     for _ in range(8):
         node = _through(node, ("View", "Squeeze", "Reshape", "Alias", "ToCopy", "Clone"))
         below = [child for child, _ in node.next_functions if child is not None]
@@ -201,9 +239,14 @@ def _without_factors(node: Any) -> tuple[Any, float]:
         other = private.saved_tensor(node, "other")
         if other is None:
             other = private.saved_tensor(node, "self")
-        if other is None or other.numel() != 1 or other.device.type != "cpu" or not float(other):
+        if other is None or other.is_complex():
             return node, math.nan
-        factor = factor * float(other) if _name(node) == "Mul" else factor / float(other)
+        if math.isnan(loss_scale) and not on_host(other) and _name(node) == "Mul":
+            loss_scale = factor = 1.0 if math.isnan(factor) else factor
+        elif not _readable(other) or not float(other):
+            return node, math.nan
+        else:
+            factor = factor * float(other) if _name(node) == "Mul" else factor / float(other)
         node = below[0]
     return node, factor
 
@@ -221,21 +264,19 @@ def _through(node: Any, names: tuple[str, ...]) -> Any:
 
 def _down_to(node: Any, wanted: str) -> list[Any] | None:
     """The nodes between one and those of a kind, if all ways down lead to such without a change of value."""
-    below = [child for child, _ in node.next_functions if child is not None]
-    path: list[Any] = []
+    below = [child for child, _ in node.next_functions[:1] if child is not None]  # what comes behind are targets and weights
+    path = dict.fromkeys(below)
     # One step of a recurrent network after another is stacked: 10,000 are more than anybody unrolls.
     while below and len(path) < 10_000:
         child = below.pop()
-        path.append(child)
         if type(child).__name__ == wanted:
             continue
         if _name(child) not in _SAME_VALUES:
             return None
-        more = [each for each, _ in child.next_functions if each is not None]
-        if not more:
-            return None
-        below += more
-    return path or None
+        new = dict.fromkeys(each for each, _ in child.next_functions if each is not None and each not in path)
+        path.update(new)
+        below += new
+    return list(path) if path and not below else None
 
 
 def _name(node: Any) -> str:

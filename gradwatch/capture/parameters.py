@@ -67,6 +67,7 @@ class ParameterTable:
         slot_of: `id(parameter)` -> slot, for those that the model holds.
         in_order: slots and columns are the same.
         modules: every module, by unwrapped name, in registration order.
+        trainable: whether the parameter of each slot required a gradient at the last scan.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
@@ -82,7 +83,7 @@ class ParameterTable:
         self._empty: list[dict[str, Any]] = []
         self._ids: list[int] = []
         self._lazy: list[Tensor] = []
-        self._trainable: list[bool] = []
+        self.trainable: list[bool] = []
         self.rescan()
 
     def __len__(self) -> int:
@@ -108,7 +109,7 @@ class ParameterTable:
 
     def thawed(self) -> bool:
         """Whether a parameter was frozen or thawed since the last scan."""
-        return [p.requires_grad for p in self.params] != self._trainable
+        return [p.requires_grad for p in self.params] != self.trainable
 
     def rescan(self) -> None:
         """Look at the models again: known parameters keep their slots, new ones get new slots."""
@@ -137,7 +138,7 @@ class ParameterTable:
         self._ids = list(map(id, chain.from_iterable(map(dict.values, self._held))))
         self.in_order = bool((self.columns == np.arange(len(self.params))).all())
         self._lazy = [p for p in self.params if isinstance(p, UninitializedParameter)]
-        self._trainable = [p.requires_grad for p in self.params]
+        self.trainable = [p.requires_grad for p in self.params]
 
 
 HOST = "cpu"

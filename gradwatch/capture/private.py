@@ -38,25 +38,32 @@ def sequence_number(node: Any) -> int:
     return number if number < 2**63 else -1
 
 
-def saved_number(node: Any, name: str) -> int | None:
-    """A whole number that an autograd node keeps, for example the `reduction` of a loss; None where it has none of this name."""
+def saved_number(node: Any, name: str) -> float | None:
+    """A number that an autograd node keeps, for example the `reduction` of a loss; None where it has none of this name."""
+    if hasattr(node, f"_raw_saved_{name}"):
+        return None  # it is a tensor, which may not be there to be read
     value = getattr(node, f"_saved_{name}", None)
-    return int(value) if isinstance(value, (int, float)) and value == int(value) else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def saved_tensor(node: Any, name: str) -> Tensor | None:
-    """A tensor that an autograd node keeps; None where it has none of this name, or has been freed."""
+    """A tensor that an autograd node keeps; None where it has none of this name, where it has been freed, and where it was packed by
+    somebody's hooks: to read what lies in a checkpoint would start a recomputation.
+
+    Without the private name: None.
+    """
     try:
-        value = getattr(node, f"_saved_{name}", None)
-    except RuntimeError:
+        raw = getattr(node, f"_raw_saved_{name}", None)
+        value = getattr(node, f"_saved_{name}", None) if raw is not None and raw.unpack_hook is None else None
+    except (AttributeError, RuntimeError):
         return None
     return value if isinstance(value, Tensor) else None
 
 
-def output_shape(node: Any) -> tuple[int, ...] | None:
-    """Shape of the first tensor that an autograd node made; None where this torch does not tell."""
+def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:
+    """Shape of one of the tensors that an autograd node made, the first by default; None where this torch does not tell."""
     try:
-        return tuple(int(size) for size in node._input_metadata[0].shape)
+        return tuple(int(size) for size in node._input_metadata[number].shape)
     except (AttributeError, IndexError, TypeError):
         return None
 
@@ -398,4 +405,6 @@ def self_test() -> list[str]:
         node = (torch.ones((), device="cpu", requires_grad=True) * 2).grad_fn
     if sequence_number(node) < 0:
         lacking.append("_sequence_nr (the order of execution is not known)")
+    if not hasattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack_hook"):
+        lacking.append("SavedTensor.unpack_hook (what the loss is, is not known)")
     return [f"torch {torch.__version__} lacks {name}" for name in lacking]

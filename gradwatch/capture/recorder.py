@@ -97,7 +97,7 @@ class Recorder:
         self._told: list[Any] = []
         self._foreign_steps = self._unowned = 0
         self._ever_stepped = False
-        self._dirty = False
+        self._dirty = self._saw_loss = False
         self._frozen_seen: list[list[bool]] = []
         self._steps_without: set[int] = set()
         self._in_turn: dict[int, int] = {}
@@ -138,8 +138,9 @@ class Recorder:
         if outcome is not None:
             self._finish(outcome)
         self.inside.hooks.begin_backward(roots)
-        if self._walks.looks_at_loss and self._walks.see_loss(roots, self.scale.pending):
-            self._describe()
+        self._saw_loss = self._walks.looks_at_loss
+        if self._saw_loss:
+            self._walks.see_loss(roots, self.scale.ahead(self._draft))
         self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
@@ -158,7 +159,10 @@ class Recorder:
         if reached and read_here and fresh:
             self._read(fresh)
         draft = self._draft
-        if draft is not None and (reached or (record is not None and record.stepped_in_backward)) and read_here:
+        ours = bool(reached) or (record is not None and record.stepped_in_backward)
+        if ours and self._saw_loss and self._walks.count_loss():
+            self._describe()
+        if draft is not None and ours and read_here:
             self.scale.give_to(draft)
             if scalar:
                 self._add_loss(draft, roots)
@@ -606,6 +610,7 @@ class Recorder:
         # What is not a number cannot be compared.
         same, differ = self.weights.same(slots, changed | (np.isnan(ratio) & ~np.isfinite(draft.weight_norm[slots])))
         draft.flag(differ, GradState.CHANGED)
+        draft.state[slots] &= ~np.uint8(GradState.SAME)  # an earlier step of this update may have done nothing
         draft.flag(same, GradState.SAME)
 
     # -- what the clock asks -------------------------------------------------------------------------------------------------------
@@ -688,6 +693,8 @@ class Recorder:
             self.inside.close(draft if draft.full else None, record.reached, self._own(record))
             self._listen()
             self._see_frozen()
+            if self._initial.look_again(self.table.params):
+                self._describe()
             self._foreign_steps = self._unowned = 0
             closed = Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
@@ -738,8 +745,7 @@ class Recorder:
                     return
                 self._land(closed.draft, still_there=False)
             self._queue.pop(0)
-            news = self._walks.look_outside(self.owners)
-            if self._initial.look_again(self.table.params) or news:
+            if self._walks.look_outside(self.owners):
                 self._describe()
             self._update_pending(self.clock.open)
             self._write(closed, closed.draft.layers or self._layers(closed.draft))

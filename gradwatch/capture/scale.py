@@ -37,12 +37,18 @@ class LossScale:
         """The scalers that have scaled a loss."""
         return list(self._heard)
 
-    @property
-    def pending(self) -> float:
-        """What the loss was multiplied by whose backward comes next, by a GradScaler; NaN where that is on a device."""
+    def ahead(self, draft: Draft | None) -> float:
+        """What the loss was multiplied by whose backward comes next; NaN where that is on a device.
+
+        Args:
+            draft: of the record at hand; None: it has none yet.
+        """
         if isinstance(self._pending, Tensor):
             return math.nan
-        return 1.0 if self._pending is None else self._pending
+        if self._pending is not None:
+            return self._pending
+        # Several losses are scaled in one call, or one goes backward twice.
+        return draft.scale if draft is not None and draft.by_scaler else self._by_hand
 
     def scaled(self, scaler: Any) -> None:
         """A GradScaler has scaled a loss."""

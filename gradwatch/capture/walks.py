@@ -23,6 +23,9 @@ OUTSIDE_AFTER = 5
 CRITERIA = 8
 """Backward passes whose criterion and targets are looked at: before the earliest verdict, at update 10."""
 
+LOOKS = 64
+"""The same, with those that reach nothing that is watched: of other models, whose losses are none of ours."""
+
 
 class Walks:
     """The walks of a run.
@@ -54,6 +57,8 @@ class Walks:
         self.squashed = ("", "")
         self.criterion: Criterion | None = None
         self._criteria: list[Criterion | None] = []
+        self._looks = LOOKS
+        self._ahead: Criterion | None = None
         self._walked: set[int] = set()
         self._unreached: set[int] | None = None
         self._leaves: list[weakref.ref[Tensor]] = []
@@ -90,20 +95,22 @@ class Walks:
     @property
     def looks_at_loss(self) -> bool:
         """The criterion is not settled yet."""
-        return len(self._criteria) < CRITERIA
+        return len(self._criteria) < CRITERIA and self._looks > 0
 
-    def see_loss(self, roots: Iterable[Any], loss_scale: float) -> bool:
-        """Look at the criterion of a backward that is about to run; whether it is settled by that, and known.
+    def see_loss(self, roots: Iterable[Any], loss_scale: float) -> None:
+        """Look at the criterion of a backward that is about to run, and will free what it is known by.
 
         Args:
             roots: of the backward.
             loss_scale: what a GradScaler multiplied the loss by; NaN: a number that is on a device.
         """
-        if private.saved_tensors_are_hooked():
-            self._criteria = [None] * CRITERIA
-            return False
-        self._criteria.append(criterion(roots, loss_scale))
-        if self.looks_at_loss or None in self._criteria:
+        self._looks -= 1
+        self._ahead = None if private.saved_tensors_are_hooked() else criterion(roots, loss_scale)
+
+    def count_loss(self) -> bool:
+        """That backward has reached what is watched, so its criterion counts; whether it is settled by that, and known."""
+        self._criteria.append(self._ahead)
+        if len(self._criteria) < CRITERIA or None in self._criteria:
             return False
         seen = [each for each in self._criteria if each is not None]
         if len({(each.name, each.broadcast) for each in seen}) > 1:

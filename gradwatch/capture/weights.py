@@ -112,20 +112,29 @@ class WeightSample:
             return [], []
         same, differs = still[self._whole[still]].tolist(), []
         for slot in still[~self._whole[still]].tolist():
-            copy = self._copies.pop(slot, None)
+            copy = self._copies.get(slot)  # it is kept: there may be another step in this update
             if copy is None:
                 continue
-            if torch.equal(copy, private.shard(self._params[slot].detach())):
+            now = private.shard(self._params[slot].detach())
+            if copy.dtype != now.dtype or copy.device != now.device:
+                self._still[slot] = 0
+            elif torch.equal(copy, now):
                 same.append(slot)
             else:
-                differs.append(slot)
                 self._still[slot] = 0
+                if not bool(torch.isnan(copy).any()):  # what is not a number cannot be compared
+                    differs.append(slot)
         return same, differs
 
     def _copy(self, slots: list[int]) -> None:
-        """Keep some parameters whole until the step is over, those first that were compared least often."""
+        """Keep some parameters whole until the step is over, those first that were compared least often.
+
+        Those without a gradient are in nobody's way: they are frozen, or nothing reaches them, and that is told otherwise.
+        """
         room = AT_ONCE - sum(copy.numel() for copy in self._copies.values())
         for slot in sorted(slots, key=lambda slot: int(self._compared[slot])):
+            if self._params[slot].grad is None:
+                continue
             tensor = private.shard(self._params[slot].detach())
             if slot not in self._copies and tensor.layout is torch.strided and tensor.numel() <= room:
                 room -= tensor.numel()

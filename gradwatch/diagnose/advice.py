@@ -309,13 +309,13 @@ def _spike(finding: Finding, history: History) -> tuple[str, str]:
 def _zero(finding: Finding, history: History) -> tuple[str, str]:
     if finding.evidence.get("layers", 0.0) == finding.evidence.get("layers_in_all", -1.0):
         return (
-            "The loss does not depend on what the model puts out, as far as a derivative can tell: it is multiplied by 0, rounded, clamped.",
-            "Look between the model's output and the loss for round, sign, a comparison, a clamp whose limits are passed, or a mask of zeros.",
+            "As far as a derivative can tell the loss does not depend on any weight: something is multiplied by 0, rounded or clamped.",
+            "Look in the loss and behind the last layer for round, sign, a comparison, a clamp whose limits are passed, or a mask of zeros.",
         )
     first = finding.layers[0] or "(model)" if finding.layers else "them"
     return (
         f"Behind {first} stands something whose derivative is exactly 0: round, sign, a comparison, a clamp whose limits are passed, "
-        "or a product with 0.",
+        "a softmax over one element, or a product with 0.",
         "Use a smooth stand-in or a straight-through estimator (x + (f(x) - x).detach()), or keep the values inside the clamp.",
     )
 
@@ -386,7 +386,7 @@ def _loss_diverges(finding: Finding, history: History) -> tuple[str, str]:
 
 def _loss_spikes(finding: Finding, history: History) -> tuple[str, str]:
     return (
-        "One batch is far from all others: an outlier, a wrong label, or data that were scaled in another way.",
+        "One batch is far from all others: an outlier, wrong labels, another scale, or something the model had not met before.",
         "Look at the batch of this update; clip the gradient norm (clip=1.0) or use a robust loss (smooth_l1_loss).",
     )
 

@@ -162,7 +162,9 @@ class Incidents:
         for incident in self._incidents:
             alert = incident.alert
             alike = alert.rule == finding.rule and bool(alert.layers) == bool(finding.layers)
-            if alert.state == "open" and alike and overlap(alert.layers, finding.layers):
+            # Of two models that train each other, the one that explodes tears the other along.
+            together = "growing" in alert.evidence and "growing" in finding.evidence
+            if alert.state == "open" and alike and (together or overlap(alert.layers, finding.layers)):
                 return incident
         return None
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from gradwatch.capture.description import InitialFacts, describe, in_scope, kind_of
+from gradwatch.capture.loss_end import Criterion
 from gradwatch.capture.parameters import ParameterTable
-from gradwatch.facts import Meta, ParameterFact
+from gradwatch.facts import SYMMETRY_AFTER, Meta, ParameterFact
 
 
 class MyRMSNorm(nn.Module):
@@ -130,6 +132,55 @@ def test_a_lazy_parameter_is_looked_at_once_it_has_values() -> None:
     assert facts.of(0, layer.weight)[0] > 0
 
 
+def looked(facts: InitialFacts, parameters: list[torch.Tensor], records: int = SYMMETRY_AFTER) -> list[bool]:
+    return [facts.look_again(parameters) for _ in range(records)]
+
+
+def test_equal_rows_are_looked_at_again_once() -> None:
+    facts = InitialFacts()
+    parameters: list[torch.Tensor] = [nn.Parameter(value) for value in (torch.ones(3, 2), torch.zeros(3, 2), torch.randn(3, 2))]
+    parameters.append(nn.Parameter(torch.ones(3, 2)))
+    for slot, p in enumerate(parameters):
+        facts.of(slot, p)
+    assert looked(facts, parameters, SYMMETRY_AFTER - 1) == [False] * (SYMMETRY_AFTER - 1)
+    assert facts.still_equal == set()
+    parameters[3].data[2, 1] = 5.0
+    assert looked(facts, parameters, 1) == [True]
+    assert facts.still_equal == {0, 1}
+    parameters[0].data[1] = 7.0
+    assert looked(facts, parameters, 3 * SYMMETRY_AFTER) == [False] * 3 * SYMMETRY_AFTER
+    assert facts.still_equal == {0, 1}
+    assert facts.of(0, parameters[0]) == (1.0, True), "how it was made stays"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["frozen-all-along", "frozen-now"])
+def test_frozen_rows_are_not_looked_at_again(before: bool) -> None:
+    facts, p = InitialFacts(), nn.Parameter(torch.ones(3, 2), requires_grad=not before)
+    facts.of(0, p)
+    p.requires_grad_(False)
+    assert not any(looked(facts, [p]))
+    assert facts.still_equal == set()
+
+
+def test_where_no_rows_are_equal_there_is_no_news() -> None:
+    facts, p = InitialFacts(), nn.Parameter(torch.ones(3, 2))
+    facts.of(0, p)
+    p.data[0] = 2.0
+    assert not any(looked(facts, [p]))
+    assert not any(looked(InitialFacts(), []))
+
+
+def test_a_lazy_parameter_that_has_no_values_yet_is_not_looked_at() -> None:
+    facts, layer = InitialFacts(), nn.LazyLinear(2)
+    facts.of(0, layer.weight)
+    assert not any(looked(facts, [layer.weight], 3))
+    layer(torch.ones(1, 3))
+    nn.init.ones_(layer.weight)
+    facts.of(0, layer.weight)
+    assert looked(facts, [layer.weight], SYMMETRY_AFTER - 3)[-1]
+    assert facts.still_equal == {0}
+
+
 @pytest.mark.parametrize("where", [0, 1500, 2999], ids=["first-row", "middle-row", "last-row"])
 def test_a_large_matrix_whose_rows_differ_somewhere_has_no_equal_rows(where: int) -> None:
     value = torch.zeros(3000, 400)
@@ -205,6 +256,35 @@ def test_what_the_graph_did_not_reach_is_named() -> None:
     assert meta.opaque
     assert meta.outside == ((2, 2),)
     assert meta.outside_in_model == ("blocks[0].weight",)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ("", 0.0, False)),
+        (Criterion("mse_loss", 0.5, False), ("mse_loss", 0.5, False)),
+        (Criterion("mse_loss", math.nan, True), ("mse_loss", 0.0, True)),
+        (Criterion("mse_loss", -0.0, False), ("mse_loss", 0.0, False)),
+        (Criterion("l1_loss", -3.0, False), ("l1_loss", 0.0, False)),
+    ],
+    ids=str,
+)
+def test_what_the_loss_is(given: Criterion | None, expected: tuple[str, float, bool]) -> None:
+    meta = described(small(), criterion=given, squashed=("sigmoid", "1"))
+    assert (meta.criterion, meta.guess, meta.broadcast) == expected
+    assert (meta.squashed, meta.squashed_by) == ("sigmoid", "1")
+    assert meta == replace(meta)
+
+
+def test_which_rows_are_equal_still_is_told_by_parameter() -> None:
+    model = small()
+    nn.init.ones_(model[2].weight)
+    facts, table = InitialFacts(), ParameterTable({"": model})
+    assert not any(f.still_equal for f in describe(table, facts, owners={}, order={}, distance={}).parameters)
+    looked(facts, table.params)
+    meta = describe(table, facts, owners={}, order={}, distance={})
+    assert [f.name for f in meta.parameters if f.still_equal] == ["2.weight"]
+    assert meta.still_equal.tolist() == [False, False, True, False, False]
 
 
 def test_shapes_that_are_not_known_yet_are_empty() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv
 from torch.optim import SGD
@@ -24,6 +26,7 @@ PRIVATE: dict[str, tuple[Any, str]] = {
     "_current_graph_task_id": (torch._C, "_current_graph_task_id"),
     "_foreach_norm": (torch, "_foreach_norm"),
     "_foreach_copy_": (torch, "_foreach_copy_"),
+    "unpack_hook": (torch._C._autograd.SavedTensor, "unpack_hook"),
 }
 """Names that a test can take away; the graph's nodes are types of C, so `_sequence_nr` is taken away by standing in for a node."""
 
@@ -128,6 +131,85 @@ def test_steps_that_are_running_are_counted(deep: int) -> None:
     optimizer.step()
     assert optimizer.counted == deep + 1
     assert private.running_steps() == 0
+
+
+def nodes() -> dict[str, Any]:
+    x, y = torch.ones(4, 2, requires_grad=True) * 2, torch.zeros(4, 2)
+    return {
+        "mse": F.mse_loss(x, y).grad_fn,
+        "smooth": F.smooth_l1_loss(x, y, beta=0.25).grad_fn,
+        "power": (x**3).grad_fn,
+        "infinite": (x**math.inf).grad_fn,
+        "nan": (x**math.nan).grad_fn,
+        "tensor-power": (x ** torch.tensor(2.0)).grad_fn,
+        "split": x.split([1, 1], -1)[0].grad_fn,
+        "uneven": torch.ones(4, 5, requires_grad=True).split([3, 2], -1)[1].grad_fn,
+        "none": object(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "number"),
+    [
+        ("mse", "reduction", 1.0),
+        ("smooth", "beta", 0.25),
+        ("power", "exponent", 3.0),
+        ("infinite", "exponent", math.inf),
+        ("nan", "exponent", math.nan),
+        ("tensor-power", "exponent", None),
+        ("mse", "self", None),
+        ("mse", "beta", None),
+        ("none", "reduction", None),
+    ],
+)
+def test_a_number_that_a_node_keeps(node: str, name: str, number: float | None) -> None:
+    got = private.saved_number(nodes()[node], name)
+    assert got == number or (got is not None and number is not None and math.isnan(got) and math.isnan(number))
+
+
+def test_a_tensor_that_a_node_keeps_until_it_is_freed() -> None:
+    x, y = torch.ones(4, requires_grad=True) * 2, torch.arange(4.0)
+    loss = F.mse_loss(x, y)
+    saved = private.saved_tensor(loss.grad_fn, "target")
+    assert saved is not None
+    assert saved.data_ptr() == y.data_ptr()
+    assert private.saved_tensor(loss.grad_fn, "reduction") is None
+    assert private.saved_tensor(loss.grad_fn, "weight") is None
+    assert private.saved_tensor(object(), "target") is None
+    loss.backward()
+    assert private.saved_tensor(loss.grad_fn, "target") is None
+
+
+def test_a_tensor_that_was_changed_in_place_is_not_read() -> None:
+    y = torch.zeros(4)
+    loss = F.mse_loss(torch.ones(4, requires_grad=True) * 2, y)
+    y.add_(1)
+    assert private.saved_tensor(loss.grad_fn, "target") is None
+
+
+def test_a_tensor_that_hooks_have_packed_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.autograd.graph.save_on_cpu():
+        packed = nodes()["mse"]
+    assert private.saved_tensor(packed, "target") is None
+    assert private.saved_number(packed, "reduction") == 1.0
+    plain = nodes()["mse"]
+    assert private.saved_tensor(plain, "target") is not None
+    monkeypatch.delattr(torch._C._autograd.SavedTensor, "unpack_hook")
+    assert private.saved_tensor(plain, "target") is None, "nobody can say whether it is packed"
+    (lacking,) = private.self_test()
+    assert "unpack_hook" in lacking
+
+
+def test_the_shape_of_what_a_node_made() -> None:
+    made = nodes()
+    assert private.output_shape(made["mse"]) == ()
+    assert private.output_shape(made["power"]) == (4, 2)
+    assert [private.output_shape(made["uneven"], number) for number in (0, 1)] == [(4, 3), (4, 2)]
+    assert private.output_shape(made["uneven"], 2) is None
+    assert private.output_shape(made["none"]) is None
+    leaf = torch.ones(3, 2, requires_grad=True)
+    (accumulate, number), *_ = (leaf * 2).grad_fn.next_functions  # type: ignore[union-attr]
+    assert private.output_shape(accumulate, number) == (3, 2)
 
 
 # -- a torch that lacks one --------------------------------------------------------------------------------------------------------

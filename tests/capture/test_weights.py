@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gradwatch.capture import weights
 from gradwatch.capture.weights import WeightSample
 from tests.capture.tensors import DTYPES, made
 
@@ -301,3 +304,267 @@ def test_a_look_inside_inference_mode_serves_outside_of_it() -> None:
     p.data.mul_(2)
     sample.take_after([0])
     assert sample.ratios([0])[0].tolist() == [1.0]
+
+
+# -- compared whole ----------------------------------------------------------------------------------------------------------------
+
+
+def held(params: list[Tensor]) -> WeightSample:
+    """A sample of parameters that have gradients: what has none is copied by nobody."""
+    for p in params:
+        if p.grad is None and p.layout is torch.strided:
+            p.grad = torch.zeros_like(p)
+    return WeightSample(params)
+
+
+def compared(
+    sample: WeightSample, params: list[Tensor], change: Callable[[], object] = lambda: None
+) -> tuple[list[int], list[int]]:
+    """What is known to be the same, and to differ, after one step of all."""
+    slots = list(range(len(params)))
+    sample.take_before(slots)
+    with torch.no_grad():
+        change()
+    sample.take_after(slots)
+    _, changed = sample.ratios(slots)
+    found = sample.same(slots, changed)
+    sample.forget()
+    assert not sample._copies
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 1024])
+def test_what_is_sampled_whole_is_the_same_at_once(n: int) -> None:
+    p = torch.ones(n)
+    sample = held([p])
+    assert compared(sample, [p]) == ([0], [])
+    assert compared(sample, [p], lambda: p[-1:].add_(1)) == ([], [])
+    assert compared(sample, [p]) == ([0], [])
+
+
+@pytest.mark.parametrize("n", [1025, 5000, 3_000_000])
+def test_what_is_sampled_in_part_is_compared_once_it_is_suspicious(n: int) -> None:
+    p = torch.ones(n)
+    sample = held([p])
+    assert [compared(sample, [p]) for _ in range(4)] == [([], []), ([], []), ([0], []), ([0], [])]
+    p[0] = 2  # in the sample, between two steps: that is no step
+    assert compared(sample, [p]) == ([0], [])
+    assert compared(sample, [p], lambda: p[0].add_(1)) == ([], [])
+    assert [compared(sample, [p]) for _ in range(3)] == [([], []), ([], []), ([0], [])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 6000), where=st.floats(0, 1, exclude_max=True), every=st.integers(1, 4))
+def test_it_is_never_the_same_when_one_element_changed(n: int, where: float, every: int) -> None:
+    """Wherever that is: in a chunk, between two, behind the last."""
+    p = torch.ones(n)
+    sample = held([p])
+    for i in range(1, 9):
+        same, differ = compared(sample, [p], lambda i=i: p[int(where * n)].add_(i % every == 0))  # type: ignore[misc]
+        if i % every == 0:
+            assert same == []
+        else:
+            assert differ == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(row=st.integers(0, 499), kept=st.integers(3, 6))
+def test_a_row_of_a_large_table_that_changed_is_found(row: int, kept: int) -> None:
+    table = nn.Embedding(500, 8, sparse=True)
+    params: list[Tensor] = [table.weight]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    table(torch.tensor([0])).sum().backward()
+    sample = WeightSample(params)
+    for _ in range(kept):
+        found = compared(sample, params)
+    assert found == ([0], [])
+    optimizer.zero_grad()
+    table(torch.tensor([row])).sum().backward()
+    inside = bool(positions(4000) & set(range(8 * row, 8 * row + 8)))
+    assert compared(sample, params, optimizer.step) == ([], [] if inside else [0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [7, 3000])
+def test_every_precision_is_compared(dtype: torch.dtype, n: int) -> None:
+    p = made((n,), dtype, "contiguous")
+    sample = held([p])
+    assert [compared(sample, [p]) for _ in range(3)][-1] == ([0], [])
+    # 1e-9 is rounded away but in float64.
+    same = compared(sample, [p], lambda: p.mul_(1 + 1e-9)) == ([0], [])
+    assert same is (dtype not in (torch.float64, torch.complex128))
+    last = n - 1
+    with torch.no_grad():
+        assert compared(sample, [p], lambda: p[last].mul_(2))[0] == []
+
+
+@pytest.mark.parametrize("layout", ["transposed", "with-gaps", "expanded"])
+def test_every_layout_is_compared(layout: str) -> None:
+    p = {
+        "transposed": lambda: torch.ones(50, 60).t(),
+        "with-gaps": lambda: torch.ones(3000, 2)[:, 0],
+        "expanded": lambda: torch.ones(1).expand(3000),
+    }[layout]()
+    p.grad = torch.zeros(p.shape)
+    sample = WeightSample([p])
+    assert [compared(sample, [p]) for _ in range(4)][-1] == ([0], [])
+    if layout == "with-gaps":
+        assert compared(sample, [p], lambda: p[1777].add_(1)) == ([], [0])
+    if layout == "transposed":
+        assert compared(sample, [p], lambda: p.view(60, 50).add_(0) if p.is_contiguous() else p[3, 49].add_(1))[0] == []
+
+
+@pytest.mark.parametrize("make", WITHOUT_A_SAMPLE.values(), ids=WITHOUT_A_SAMPLE)
+def test_what_cannot_be_compared_is_neither_and_disturbs_no_other(make: Callable[[], Tensor]) -> None:
+    strange, p = make(), torch.ones(3000)
+    sample = held([p])
+    sample = WeightSample([strange, p])
+    found = [compared(sample, [strange, p]) for _ in range(4)]
+    assert all(differ == [] for _, differ in found)
+    assert found[-1][0] in ([1], [0, 1])
+    assert 0 not in found[-1][0] or strange.layout is torch.strided
+
+
+@pytest.mark.parametrize("n", [5, 3000])
+def test_what_is_not_a_number_is_neither_the_same_nor_changed(n: int) -> None:
+    p = torch.full((n,), math.nan)
+    sample = held([p])
+    for _ in range(5):
+        slots = [0]
+        sample.take_before(slots)
+        sample.take_after(slots)
+        _, changed = sample.ratios(slots)
+        # The recorder, which knows the norm, says of a sample of such numbers that it cannot be compared.
+        assert sample.same(slots, changed | True) == ([], [])
+        sample.forget()
+
+
+def test_a_single_nan_outside_the_sample_is_neither() -> None:
+    p = torch.ones(3000)
+    p[100] = math.nan
+    assert 100 not in positions(3000)
+    sample = held([p])
+    for _ in range(7):
+        assert compared(sample, [p]) == ([], [])
+
+
+@pytest.mark.parametrize("n", [5, 3000])
+def test_zeros_that_stay_are_the_same(n: int) -> None:
+    p = torch.zeros(n)
+    sample = held([p])
+    assert [compared(sample, [p]) for _ in range(3)][-1] == ([0], [])
+    assert compared(sample, [p], lambda: p[n // 30].add_(1))[0] == []
+
+
+def test_without_a_look_before_nothing_is_compared() -> None:
+    p, q = torch.ones(3000), torch.ones(4)
+    sample = held([p, q])
+    for _ in range(4):
+        sample.take_before([0])
+        sample.take_after([0, 1])
+        _, changed = sample.ratios([0, 1])
+        same, differ = sample.same([0, 1], changed)
+        sample.forget()
+    assert (same, differ) == ([0], [])
+    # What was not looked at does not count on: it is suspicious only after two more.
+    sample.take_after([0])
+    assert sample.same([0], np.array([False])) == ([], [])
+    assert [compared(sample, [p, q]) for _ in range(3)] == [([1], []), ([1], []), ([1, 0], [])]
+
+
+def test_frozen_parameters_and_those_that_nothing_reaches_are_not_copied() -> None:
+    p, frozen = torch.ones(3000), torch.ones(3000)
+    sample = held([p])
+    sample = WeightSample([p, frozen])
+    assert [compared(sample, [p, frozen]) for _ in range(4)][-1] == ([0], [])
+    sample.take_before([0, 1])
+    assert sample._copies.keys() == {0}
+
+
+def test_copies_are_bounded_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "AT_ONCE", 6500)
+    params = [torch.ones(3000) for _ in range(5)] + [torch.ones(7000), torch.ones(3)]
+    sample = held(params)
+    seen: list[list[int]] = []
+    for _ in range(14):
+        sample.take_before(range(7))
+        assert sum(copy.numel() for copy in sample._copies.values()) <= 6500
+        sample.take_before([0, 1])  # a second look, before another optimizer's step
+        assert sum(copy.numel() for copy in sample._copies.values()) <= 6500
+        sample.take_after(range(7))
+        same, differ = sample.same(range(7), sample.ratios(range(7))[1])
+        assert differ == []
+        seen.append(sorted(set(same) - {6}))
+        assert 6 in same, "small ones need no copy"
+        sample.forget()
+    assert seen[:2] == [[], []]
+    assert all(len(same) == 2 for same in seen[2:])
+    counts = [sum(slot in same for same in seen) for slot in range(6)]
+    assert max(counts[:5]) - min(counts[:5]) <= 1
+    assert counts[5] == 0, "too large to be copied at all"
+
+
+def test_the_bound_is_64_megabytes() -> None:
+    assert weights.AT_ONCE * 4 == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("exchange", "same"),
+    [
+        pytest.param(lambda p: p.data.clone(), True, id="moved"),
+        pytest.param(lambda p: p.data + 1, False, id="other-values"),
+        pytest.param(lambda p: torch.cat((p.data[:-1], torch.tensor([7.0]))), False, id="other-last-value"),
+        pytest.param(lambda p: p.data.double(), False, id="other-precision"),
+        pytest.param(lambda p: p.data.bfloat16(), False, id="shorter-precision"),
+        pytest.param(lambda p: p.data[:2000].clone(), False, id="other-shape"),
+    ],
+)
+def test_a_parameter_that_was_exchanged_in_a_step_is_compared_if_that_can_be(
+    exchange: Callable[[Tensor], Tensor], same: bool
+) -> None:
+    p = nn.Parameter(torch.ones(3000))
+    sample = held([p])
+    assert [compared(sample, [p]) for _ in range(3)][-1] == ([0], [])
+    p.grad = None  # its type is checked against that of the data
+    p.data = p.data.clone()
+    p.grad = torch.zeros(3000)
+
+    def change() -> None:
+        p.grad = None
+        p.data = exchange(p)
+
+    assert compared(sample, [p], change)[0] == ([0] if same else [])
+    p.grad = torch.zeros_like(p)
+    assert [compared(sample, [p]) for _ in range(4)][-1] == ([0], [])
+
+
+def test_copies_are_gone_with_the_update() -> None:
+    p = torch.ones(3000)
+    sample = held([p])
+    for _ in range(2):
+        compared(sample, [p])
+    sample.take_before([0])
+    copy = weakref.ref(sample._copies[0])
+    sample.take_after([0])
+    assert sample.same([0], np.array([False])) == ([0], [])
+    sample.forget()
+    gc.collect()
+    assert copy() is None, "compared, and gone"
+    sample.take_before([0])
+    copy = weakref.ref(sample._copies[0])
+    sample.forget()
+    gc.collect()
+    assert copy() is None, "the update was given up, and it is gone"
+
+
+def test_a_second_step_in_an_update_is_compared_with_what_was_before_the_first() -> None:
+    p = torch.ones(3000)
+    sample = held([p])
+    for _ in range(2):
+        compared(sample, [p])
+    sample.take_before([0])
+    for expected in (([0], []), ([], [0])):
+        sample.take_after([0])
+        assert sample.same([0], sample.ratios([0])[1]) == expected
+        p[100] = 2
+    assert 100 not in positions(3000)

@@ -163,3 +163,20 @@ def test_a_bias_that_the_critics_normalisation_takes_out_again_is_no_gradient_th
     norms = dict(zip(watch.history.parameters, watch.history.stat("grad_norm")[-1], strict=True))
     assert 0 < norms["g.3.bias"] < 1e-3 * norms["g.3.weight"], "else there is nothing to be misled by"
     assert [alert.rule for alert in watch.alerts if alert.rule == "exploding_gradient"] == []
+
+
+def test_a_half_that_is_frozen_while_the_other_trains_counts_as_trainable() -> None:
+    """The facts are written whenever something new is known, at the other half's turn too."""
+    g, d = nn.Linear(4, 2), nn.Linear(2, 1)
+    of_g, of_d = torch.optim.SGD(g.parameters(), 0.01), torch.optim.SGD(d.parameters(), 0.01)
+    with GradWatch({"g": g, "d": d}, console=False) as watch:
+        for i in range(24):
+            of_g.zero_grad()  # and nobody clears d's
+            d.requires_grad_(i % 2 == 0)
+            z = g(torch.randn(8, 4))
+            score = d(z) if i % 2 else d(torch.randn(8, 2)) - d(z.detach())
+            score.square().mean().backward()
+            (of_g if i % 2 else of_d).step()
+            d.requires_grad_(True)
+    assert all(fact.trainable for fact in watch.history.meta.parameters)
+    assert [(alert.rule, alert.layers) for alert in watch.alerts] == [("gradients_not_zeroed", ("d",))]

@@ -14,7 +14,7 @@ from tests.zoo.case import Case
 from tests.zoo.outcome import Heard, Outcome
 from tests.zoo.run import listen
 
-FILES = ("vision", "language", "loops")
+FILES = ("vision", "language", "loops", "further_a", "further_b")
 """The modules of `tests/zoo/cases`; each has a list CASES."""
 
 GRADWATCH = "gradwatch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import comb
 from types import MappingProxyType
 
 import numpy as np
@@ -25,8 +26,9 @@ DEAD_FROM_START = 0.75
 """The same of units that have never fired since the first look, while as much of the output has been flat in every look. Healthy networks
 have up to 0.55 by update 16 (plain MLPs of 10 to 12 layers; measured), units that were initialised dead 0.83 and more."""
 
-MANY = 32
-"""Units from which that is counted: of 8 squeezed channels, whose inputs hardly vary, 6 are dead by chance once in seven networks."""
+BY_CHANCE = 0.005
+"""Probability, of as many units each of which is dead with probability 1/2, below which that is none: channels whose inputs hardly vary
+(squeeze and excitation) fire for all of them or for none, and of 8 such 6 are dead in every seventh network. 24 of 32, 14 of 16."""
 
 FLAT_TOO = 0.9
 """Share of the output that lies in the flat part of a layer whose units are dead. A smooth rectifier (GELU) whose inputs are tiny is
@@ -90,12 +92,13 @@ def dead_units(history: History) -> Iterator[Finding]:
     """Nearly all units of an activation have fired for no input over a window of looks, or all are silent in look after look.
 
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
-    least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START` of `MANY` units or more, and as much of
+    least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START`, more than chance explains, and as much of
     its output has been flat in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
     in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
     activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
 
-    Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called.
+    Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
+    no parameter of the same optimizer behind it (a hinge, a penalty, an output, of which `zero_gradient` tells).
     """
     if history.recorded < WINDOW:
         return
@@ -114,10 +117,12 @@ def dead_units(history: History) -> Iterator[Finding]:
     long_since = np.flatnonzero(maybe[looks.layers] & ever.whole & ever.lasts & ~sick[looks.layers])
     if long_since.size:
         feeders = _Feeders(history)
-        sick[[i for i in looks.layers[long_since].tolist() if feeders.units(i) >= MANY]] = True
+        sick[[i for i in looks.layers[long_since].tolist() if _is_no_chance(float(dead[i]), feeders.units(i))]] = True
     looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
     if not looks.layers.size:
         return
+    feeders = _Feeders(history)
+    looks = looks.pick(np.array([feeders.is_hidden(int(i)) for i in looks.layers], bool))
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
@@ -319,6 +324,14 @@ def _passes_little(history: History, looks: _Looks, run: _Run, stuck: bool) -> N
     lone = ((share >= TOTAL) & (passed <= NOTHING)) | looks.jumped(run)
     sick: NDArray[np.bool_] = little & (run.whole | held | (lone & ~gate))
     return sick
+
+
+def _is_no_chance(share: float, units: int) -> bool:
+    """Whether so many of the units are dead less often than `BY_CHANCE` if each is with probability 1/2."""
+    least = round(share * units)
+    if units > 1000:
+        return True
+    return units > 0 and sum(comb(units, k) for k in range(least, units + 1)) <= BY_CHANCE * 2**units
 
 
 class _Feeders:

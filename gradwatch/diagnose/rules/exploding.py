@@ -30,6 +30,11 @@ GROWTH_NORMALISED = 4.5
 GROWTH_EXPLAINED = 1.9
 """The same where the scale of the weights accounts for half of it; the zoo's healthy networks with such weights stay below 1.3."""
 
+GROWTH_STUCK = 1.6
+"""In its place where the loss does not improve, from update `PATIENCE` on: the chaotic phase of deep tanh networks."""
+
+PATIENCE = 14
+
 GAIN = 1.25
 """Factor by which a layer's weights enlarge what passes them, from which they explain growth. He, Xavier and orthogonal
 initialisation have 1, PyTorch's default 0.58 (ReLU: 0.41)."""
@@ -68,6 +73,10 @@ decades in 60 updates, its loss by less than 1 (measured)."""
 
 ONE_STEP = 4.0
 """The same where the very next record overflows: a first step that multiplies both by so much is not one of a run that learns."""
+
+BESIDE_WEIGHTS = 3.0
+"""Times the norm of the weights that the gradient's has to be, too: where rewards are rare, or an output begins saturated, it grows from
+nearly nothing to its usual size, in health by 8 decades (measured)."""
 
 UNKNOWN_LOSS = 4.0
 """Decades of the norm alone where the loss is not known."""
@@ -137,7 +146,8 @@ def _across_depth(history: History) -> Finding | None:
     if deltas is None:
         return None
     early = len(deltas.delta) < WINDOW
-    growth = _growth(deltas, early)
+    stuck = history.recorded >= PATIENCE and progress(history) is Progress.STUCK
+    growth = _growth(deltas, early, GROWTH_STUCK if stuck else GROWTH_EXPLAINED)
     if growth is not None:
         return _told(history, deltas, growth)
     return None if early else _forward(history, deltas)
@@ -165,7 +175,7 @@ def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> boo
     return float(history.recent("total_norm", 1)[0]) >= 0.3 * LARGE * sqrt(size)
 
 
-def _growth(deltas: Deltas, early: bool) -> _Growth | None:
+def _growth(deltas: Deltas, early: bool, explained_from: float) -> _Growth | None:
     m, t = deltas.modules, min(LASTING, len(deltas.delta))
     normalised = bool(m.norm.any())
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -188,10 +198,10 @@ def _growth(deltas: Deltas, early: bool) -> _Growth | None:
         if early:
             hit = explained & (grown >= IMMENSE)
         elif deep:
-            hit = explained & (grown >= GROWTH_EXPLAINED)
+            hit = explained & (grown >= explained_from)
         else:
             limit = GROWTH_NORMALISED if normalised else GROWTH
-            hit = (grown >= np.where(explained, GROWTH_EXPLAINED, limit)) | _abrupt(m, level, behind, grown)
+            hit = (grown >= np.where(explained, explained_from, limit)) | _abrupt(m, level, behind, grown)
         # The place with the largest growth that is there in each observation.
         left = np.where(hit, grown, -np.inf)
         for _ in range(min(8, int(hit.sum()))):
@@ -323,11 +333,11 @@ def _in_time(history: History) -> Finding | None:
     """Norm and loss grow together, far beyond their first values."""
     b = history.baselines
     newest = float(history.recent("total_norm", 1)[0])
-    if not b.first_totals.size or newest < 10.0**IN_TIME * float(b.first_totals.min()):
+    if not b.first_totals.size or newest < 10.0**IN_TIME * float(b.first_totals.min()):  # NaN goes on
         return None
     total = history.recent("total_norm", 64).astype(float)
     loss = history.recent("loss", 64).astype(float)
-    applied = ~history.recent("skipped", 64)
+    applied = ~history.recent("skipped", 64) & _of_the_same_owners(history)
     total, loss, steps = total[applied], loss[applied], history.steps[-len(applied) :][applied]
     end = len(total)
     while end and not np.isfinite(total[end - 1]):
@@ -346,6 +356,9 @@ def _in_time(history: History) -> Finding | None:
     need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
     if not grown >= max(need + (1.0 if died else 0.0), at_once):
         return None
+    weights = b.weight_norm.astype(float)
+    if float(total[-1]) < BESIDE_WEIGHTS * float(np.sqrt(np.nansum(np.square(weights)))):
+        return None
     with np.errstate(invalid="ignore"):
         rising = np.diff(norms[-last:]) > 0
     if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
@@ -355,9 +368,9 @@ def _in_time(history: History) -> Finding | None:
         if more < max(IN_TIME, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
     # It began behind the last norm that was still of the first ones' size.
-    usual = np.flatnonzero(norms <= max(base, float(np.nanmax(norms[: min(WINDOW, end // 2)]))) + 0.3)
+    usual = np.flatnonzero(norms <= max(base, float(np.nanmax(norms[: min(WINDOW, end // 2)]))) + max(0.3, min(1.0, 0.05 * grown)))
     start = int(usual[-1]) + 1 if usual.size and usual[-1] + 1 < end else 0
-    if start and (np.diff(norms[: start + 1]) > 0).mean() >= 0.8:
+    if start and (np.diff(norms[: start + 1]) > 0).mean() >= 0.8 and _as_fast(norms, start):
         start = 0
     return Finding(
         "exploding_gradient",
@@ -367,6 +380,24 @@ def _in_time(history: History) -> Finding | None:
         message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g} and the loss with it",
         evidence={"first_norm": 10.0**base, "grad_norm": float(total[-1]), "ratio": 10.0 ** min(grown, 300.0), "growing": 1.0},
     )
+
+
+def _as_fast(norms: NDArray[np.float64], start: int) -> bool:
+    """Whether it grew before already, at a quarter of the pace or more."""
+    before, after = (norms[start] - norms[0]) / start, (norms[-1] - norms[start]) / max(1, len(norms) - 1 - start)
+    return bool(before >= 0.25 * after)
+
+
+def _of_the_same_owners(history: History) -> NDArray[np.bool_]:
+    """`[T]`: the same optimizers stepped as in the last record, of the last 64: two that take turns have norms and losses of their own."""
+    owners = history.meta.owners
+    state = history.recent("grad_state", 64)
+    if len(owners) < 2:
+        return np.ones(len(state), bool)
+    of = {fact.owner: i for i, fact in enumerate(history.meta.parameters) if fact.owner is not None}
+    stepped = (state[:, list(of.values())] & np.uint8(GradState.STEPPED)) != 0
+    same: NDArray[np.bool_] = (stepped == stepped[-1]).all(axis=1)
+    return same
 
 
 def _everything(history: History) -> tuple[str, ...]:

@@ -34,6 +34,26 @@ def has_learnt(history: History) -> bool:
     return median(recent) < IMPROVED * min(limits)
 
 
+SOON = 60
+"""Updates within which a loss that falls at its present pace has to be below what a guess gives, to be left alone."""
+
+
+def recovers_soon(history: History) -> bool:
+    """Whether the last `WINDOW` losses fall so fast that they will be below that of a guess (or what the run began with) within `SOON`."""
+    b = history.baselines
+    recent = b.losses[-WINDOW:]
+    recent = recent[np.isfinite(recent)]
+    if len(recent) < WINDOW or not b.first_losses.size:
+        return False
+    guess = history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    aim = IMPROVED * (min(guess, float(b.first_losses[0])) if guess > 0 else float(b.first_losses[0]))
+    earlier, later = median(recent[: WINDOW // 2]), median(recent[WINDOW // 2 :])
+    if not 0 < later < earlier or not aim > 0:
+        return False
+    pace = float(np.log(earlier / later)) / (WINDOW / 2)
+    return float(np.log(later / aim)) <= SOON * pace
+
+
 class Progress(enum.Enum):
     """What the last ten losses are, compared with the first ten."""
 

@@ -16,12 +16,19 @@ from gradwatch.records import Finding, Severity
 START = 3
 """First losses whose median is what the run began with: a run that diverges has left it by the fifth."""
 
-DIVERGED = 4.0
-"""Times that, and times the loss of the best constant output, from which a loss that stays there has diverged."""
+DIVERGED_CLASSES = 2.0
+"""Times that, and times the loss of equal logits, from which a cross-entropy that stays there has diverged: a classifier that stays twice as
+bad as a guess, and as it began, is on no way to anything."""
 
-DIVERGED_UNKNOWN = 10.0
-"""Times the first losses where that loss is not known: a generator's rises sixfold when its critic wins (measured), curricula, annealed
-penalties and growing queues of negatives raise a loss by a factor of 2 or so."""
+DIVERGED = 10.0
+"""Times the first losses of any other loss: a generator's rises sixfold when its critic wins (measured)."""
+
+OVERSHOOTS = 0.03
+"""Update ratio that goes with it. Targets that move (a bootstrapped value, a curriculum, a market) raise a loss by four decades in health,
+by steps of 1e-2 and less (measured); a learning rate that is too high changes several per cent at a time."""
+
+RUNAWAY = 1e4
+"""Times the first losses from which no such step is needed, where each of the last losses is above the one before: ascent."""
 
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
@@ -29,8 +36,9 @@ RECENT, LASTING = 8, 7
 SPIKE = 10.0
 """Times the median and the largest of the losses before it, as for the gradient's spike. Growth, however fast, comes in smaller steps."""
 
-SPIKE_OVER_ALL = 3.0
-"""Times the largest of the kept losses: a run that does this now and then has heavy tails."""
+LATELY, JUMPS = 40, 3.0
+"""Losses before it, and times the largest jump above the usual among them, in logarithms: insurance claims, rare classes and batches of one
+jump by themselves, and now and then a little further (measured)."""
 
 SPIKE_SCORE = 6.0
 """Robust z of its logarithm, as for the gradient's spike: 2.5 alarms on a third of healthy runs (design)."""
@@ -41,32 +49,38 @@ SPREAD = 0.15
 BEFORE = 20
 """Losses before a spike that make a habit."""
 
+LEARNT = 0.6
+"""Part of the loss of a guess below which a classifier has learnt something: then one batch on which it is worse than a guess is another
+kind of batch, from `TWICE` the largest of the losses before it on."""
+
+TWICE = 2.0
+
 OF_START = 0.5
 """Part of what the run began with below which no single loss matters: once a run has converged, one hard batch stands out."""
 
-FLAT_UPDATES = 80
-"""Updates without any progress: the design gives a plateau 100 until its verdict; transformers on small tasks wait for 50 (measured)."""
+FLAT_UPDATES = 90
+"""Updates without any progress: the design gives a plateau 100 until its verdict; small transformers and parities wait for 50 to 80
+(measured)."""
 
-AS_A_GUESS = 0.97
-"""Part of the loss of the best constant output at which a classifier has learnt nothing. Sampling moves the median of 40 losses of small
-batches by 2 %."""
+AS_A_GUESS = 0.995
+"""Part of the loss of equal logits at which a classifier has learnt nothing: of random labels the loss lies above that. Of noisy ones
+(four in ten wrong; ups and downs of prices) a good model explains a hundredth (measured)."""
 
-WORSE_THAN_A_GUESS = 1.5
-"""The same for squared and absolute errors: of noisy targets (returns, heavy tails) the best model explains a few per cent, and it is as
-bad as a guess in health."""
+SMOOTH = 5
+"""Losses whose median says where the loss was."""
 
-_CLASSIFIES = frozenset({"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
-
-PROGRESS = 3.0
-"""Standard errors of a median that two halves of the losses have to differ by, to be progress."""
+PROGRESS = 2.0
+"""Standard errors of a median that two halves of the losses have to differ by, to be progress: chance does that once in forty looks at a
+flat loss, and the next look says otherwise."""
 
 
 @persistent(WINDOW)
 def loss_diverging(history: History) -> Iterator[Finding]:
     """The loss has risen far above what it began with and stays there.
 
-    With `L0` the median of the first `START` losses, or the loss of the best constant output where that is known and larger: `LASTING`
-    of the last `RECENT` losses, the last among them, exceed `DIVERGED * L0`, or `DIVERGED_UNKNOWN * L0` where it is not known.
+    With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
+    `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
+    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights; or `RUNAWAY * L0`, each above the one before.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -81,10 +95,13 @@ def loss_diverging(history: History) -> Iterator[Finding]:
         return
     start = median(b.first_losses[:START])
     recent, guess = b.losses[-RECENT:], _guess(history)
-    high = DIVERGED * max(start, guess) if guess > 0 else DIVERGED_UNKNOWN * start
+    classes = history.meta.criterion == "cross_entropy" and guess > 0
+    high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
     above = recent > high
     if not start > 0 or int(above.sum()) < LASTING or not above[-1] or not _is_comparable(history):
+        return
+    if not classes and not _overshoots(history) and not (float(recent[-1]) > RUNAWAY * start and (np.diff(recent) > 0).all()):
         return
     now = float(np.nanmedian(recent))
     yield Finding(
@@ -101,9 +118,10 @@ def loss_spike(history: History) -> Iterator[Finding]:
     """The loss of one update lies far outside the history of losses.
 
     With `L` the loss, `m` the median of the `BEFORE` losses before it and `s` the largest of `SPREAD` and the scaled MAD of their
-    logarithms: `L` is `SPIKE` times the largest of those `BEFORE` and more than `OF_START` of what the run began with; and
-    `log(L / m) / s >= SPIKE_SCORE` and `L` is `SPIKE_OVER_ALL` times the largest kept loss, the `START` oldest aside; or `L` is `SPIKE`
-    times that.
+    logarithms: `L` is `SPIKE` times the largest of those `BEFORE` and at least `OF_START` of what the run began with,
+    `log(L / m) / s >= SPIKE_SCORE`, and `log(L / m)` is `JUMPS` times that of the largest of the last `LATELY` losses. Of a
+    cross-entropy that has come below `LEARNT` times ln C, and whose MAD is at most `SPREAD`, `L` above ln C and `TWICE` the largest of
+    those `BEFORE` is enough, instead of `SPIKE` times.
 
     Ignored: runs whose losses cannot be compared (see `loss_diverging`); a skipped record; the first `BEFORE` updates.
 
@@ -119,17 +137,19 @@ def loss_spike(history: History) -> Iterator[Finding]:
     before = b.losses[-BEFORE - 1 : -1]
     before = before[np.isfinite(before)]
     # A first look that most records end at.
-    if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= SPIKE * float(before.min()):
+    if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= TWICE * float(before.max()):
         return
-    usual = median(before)
-    if not usual > 0 or loss < SPIKE * float(before.max()) or not _is_comparable(history):
+    usual, guess = median(before), _guess(history)
+    known = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and loss >= guess
+    if not usual > 0 or loss < (TWICE if known else SPIKE) * float(before.max()) or not _is_comparable(history):
         return
     logs = np.log(before)
-    spread = max(SPREAD, 1.4826 * median(np.abs(logs - median(logs))))
-    score = float(np.log(loss / usual)) / spread
-    earlier = b.losses[:-1][np.isfinite(b.losses[:-1])]
-    over_all = loss / float(earlier[START:].max(initial=usual))
-    if over_all < (SPIKE_OVER_ALL if score >= SPIKE_SCORE else SPIKE):
+    own = 1.4826 * median(np.abs(logs - median(logs)))
+    score = float(np.log(loss / usual)) / max(SPREAD, own)
+    lately = b.losses[-LATELY - 1 : -1]
+    lately = lately[np.isfinite(lately)]
+    jump, largest = float(np.log(loss / usual)), float(np.log(max(float(lately.max()), usual) / usual))
+    if score < SPIKE_SCORE or jump < JUMPS * largest or (known and own > SPREAD):
         return
     yield Finding(
         "loss_spike",
@@ -145,13 +165,13 @@ def loss_spike(history: History) -> Iterator[Finding]:
 def loss_plateau(history: History) -> Iterator[Finding]:
     """After many updates the loss is what a constant output would give.
 
-    The loss is known to be a mean cross-entropy, binary cross-entropy, squared or absolute error, and so is `G`, the loss of the best
-    constant output by the targets of the first batches (ln C for cross-entropy). Of the last `FLAT_UPDATES` losses the median of the
-    second half is not `PROGRESS` standard errors below that of the first, and both are at least `AS_A_GUESS * G`, for errors of a
-    regression `WORSE_THAN_A_GUESS * G`; or the prediction was broadcast to the shape of the target, whatever `G` is.
+    The loss is known to be a mean cross-entropy over C classes: with `G = ln C`, what equal logits give, the medians of both halves of
+    the last `FLAT_UPDATES` losses are at least `AS_A_GUESS * G` and do not differ by `PROGRESS` standard errors. Or it is a squared or
+    absolute error of N predictions that were broadcast to N x N, every one against every target, and the medians do not differ so.
 
-    Ignored: losses of other kinds, for what is high is not known of them (a policy's loss does not fall when all goes well, and a model
-    that has converged stays where it is); runs whose losses cannot be compared (see `loss_diverging`); a warm-up.
+    Ignored: losses of other kinds, for what is high is not known of them (of noisy targets the best model explains a few per cent, a
+    policy's loss does not fall when all goes well, and a model that has converged stays where it is); runs whose losses cannot be
+    compared (see `loss_diverging`); a warm-up; everything that another open finding explains.
 
     Example:
         >>> with GradWatch(model):
@@ -159,7 +179,8 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         ...         step(F.cross_entropy(model(x), torch.randint(10, (64,))))
     """
     meta, b = history.meta, history.baselines
-    if not meta.criterion or history.recorded < FLAT_UPDATES or not (meta.guess > 0 or meta.broadcast):
+    classes = meta.criterion == "cross_entropy" and meta.guess > 0
+    if history.recorded < FLAT_UPDATES or not (classes or meta.broadcast):
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)
     losses = losses[np.isfinite(losses)]
@@ -168,16 +189,16 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     guess = _guess(history)
     half = len(losses) // 2
     earlier, later = median(losses[:half]), median(losses[half:])
-    least = AS_A_GUESS if meta.criterion in _CLASSIFIES else WORSE_THAN_A_GUESS
-    high = meta.guess > 0 and min(earlier, later) >= least * guess
+    high = classes and min(earlier, later) >= AS_A_GUESS * guess
     if not (high or meta.broadcast) or _falls(losses[:half], losses[half:]) or _warms_up(history):
         return
     first = median(b.first_losses)
+    since = _has_been_so_since(history, later)
     best = f", and a constant output would give {guess:.3g}" if meta.guess > 0 else ""
     yield Finding(
         "loss_plateau",
         Severity.WARNING,
-        0 if later >= 0.8 * first else max(0, history.recorded - FLAT_UPDATES),
+        since,
         message=f"the loss has been {later:.3g} for {len(losses)} updates{best}",
         evidence={"loss": later, "guess": guess, "first_loss": first, "updates": len(losses), "broadcast": float(meta.broadcast)},
     )
@@ -206,6 +227,13 @@ def _guess(history: History) -> float:
     return history.meta.guess * float(terms[-1]) if terms.size and terms[-1] > 0 else 0.0
 
 
+def _overshoots(history: History) -> bool:
+    """Whether matrices have lately been changed by `OVERSHOOTS` of their size an update, in the median over them and the looks."""
+    ratios = history.recent("update_ratio", 2 * RECENT)[:, history.meta.ndim >= 2]
+    ratios = ratios[np.isfinite(ratios)]
+    return bool(ratios.size and float(np.median(ratios)) >= OVERSHOOTS)
+
+
 def _since(history: History, high: float) -> int:
     """The first kept record since when the loss has been above half of that, but for single ones."""
     losses = history.baselines.losses
@@ -216,6 +244,18 @@ def _since(history: History, high: float) -> int:
         start -= 1
     pairs = np.flatnonzero(low[1:] & low[:-1])
     return start + int(pairs[-1]) + 2 if pairs.size else start
+
+
+def _has_been_so_since(history: History, level: float) -> int:
+    """The first kept update after the last in which the losses around it lay a tenth lower or higher; 0 where they never did."""
+    losses = history.stat("loss").astype(float)
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    smooth = np.array([median(losses[i : i + SMOOTH]) for i in range(len(losses) - SMOOTH + 1)])
+    other = np.flatnonzero((smooth < 0.9 * level) | (smooth > 1.1 * level))
+    if not other.size:
+        return int(history.steps[0])
+    # The last of them that was another ends where half of it is.
+    return int(history.steps[min(int(other[-1]) + SMOOTH // 2 + 1, len(losses) - 1)])
 
 
 def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:

@@ -11,16 +11,20 @@ from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
-from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.facts import ParameterFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
-FAR_FROM_A_GUESS = 10.0
+FAR_FROM_A_GUESS = 6.0
 """Times the loss of the best constant output that the first loss is, from which the last layer was made far too large. The usual
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
 deviation of 5 over 10 classes at 4."""
+
+SURELY_FAR = 20.0
+"""The same from which it needs no look at how the loss goes on: what is nearer often recovers within some tens of updates (an embedding of
+PyTorch's default size that is tied to the head: 14)."""
 
 STILL_FAR = 3.0
 """The same of the median of the last losses, at update 10: what training has put right by then is no fault any more."""
@@ -42,6 +46,10 @@ to 255 have 100 to 150, and calendar years 2,000."""
 ARRIVES = 0.1
 """Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
 give 0.3 to 3 times that; divided by 255 they give 0.004."""
+
+LONG = 60
+"""Updates after which a loss that has fallen, but is not below that of a guess and does not come near it, counts as well: under Adam MLPs on
+raw pixels need 40 (measured)."""
 
 PATIENCE = 14
 """Updates before that is judged: a network that copes with such inputs may need a few."""
@@ -96,7 +104,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
     first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it
-    (or all of them were lost), and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
+    and does not recover (below `SURELY_FAR`),
+    and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -120,8 +129,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it does not learn.
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
-    output of a layer that reads them is as large for its weights; and the last losses are not below what the run began with, or not
-    below that of the best constant output; or the inputs were a `LARGE`th of that before. Names the root.
+    output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
+    best constant output, and stand still, or do so after `LONG` updates; or the inputs were a `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
     the same.
@@ -141,13 +150,17 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     if not size >= LARGE:
         return
     since, before = _since(history, size)
-    if not before > 0 and has_learnt(history):
+    jumped = before > 0 and size >= LARGE * before
+    stands = (
+        history.recorded >= LONG or progress(history) is Progress.STUCK or not np.isfinite(history.baselines.losses[-WINDOW:]).any()
+    )
+    if not jumped and (has_learnt(history) or recovers_soon(history) or not stands):
         return
     reader = _reader(history, size)
     if reader is None:
         return
     m, s = float(np.median(mean[looked][-LAST:])), float(np.median(std[looked][-LAST:]))
-    then = f", {size / before:.2g} times the size they had before" if since and before > 0 else ", and the loss does not improve"
+    then = f", {size / before:.2g} times the size they had before" if since and before > 0 else _and_the_loss(history)
     yield Finding(
         "unnormalized_input",
         Severity.WARNING,
@@ -156,6 +169,17 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         message=f"the inputs have a mean of {m:.3g} and a standard deviation of {s:.3g}{then}",
         evidence={"input_mean": m, "input_std": s, "input_rms": size, "input_rms_before": before},
     )
+
+
+def _and_the_loss(history: History) -> str:
+    losses = history.baselines.losses[-WINDOW // 2 :]
+    losses = losses[np.isfinite(losses)]
+    if not losses.size:
+        return ", and the loss is lost"
+    guess = history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    if guess > 0:
+        return f", and the loss is {median(losses):.3g}, where a constant output would give {guess:.2g}"
+    return f", and the loss is {median(losses):.3g}, {float(history.baselines.first_losses[0]):.3g} at the start"
 
 
 def _since(history: History, size: float) -> tuple[int, float]:
@@ -223,6 +247,8 @@ def _far_from_a_guess(history: History) -> Finding | None:
     recent = recent[np.isfinite(recent)]
     if recent.size and not median(recent) >= STILL_FAR * guess:
         return None
+    if first < SURELY_FAR * guess and (history.recorded < PATIENCE or recovers_soon(history)):
+        return None
     large = _large(history, first / guess)
     if not large.size:
         return None
@@ -253,7 +279,7 @@ def _gain(fact: ParameterFact) -> float:
 
 
 def _reader(history: History, size: float) -> int | None:
-    """A layer that reads the data, is no normalisation, and gives an output as large as inputs of that size make it."""
+    """The first layer that is no normalisation and gives an output as large as inputs of that size make it."""
     meta = history.meta
     rms = history.recent("activation_rms", WINDOW)
     looked = np.flatnonzero(np.isfinite(rms).any(axis=1))
@@ -261,8 +287,11 @@ def _reader(history: History, size: float) -> int | None:
         return None
     first = rms[looked[-1]].astype(float)
     for column, fact in enumerate(meta.layers):
-        if fact.role != "input" or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
+        # What reads the data beside an embedding is no input by its role.
+        if not fact.role or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
             continue
+        if fact.kind == "recurrent" and fact.role == "input":  # its output is bounded, whatever it is given
+            return column
         scales = [_scale(history, i) for i, p in enumerate(meta.parameters) if p.layer == fact.name and len(p.shape) >= 2]
         scale = max((each for each in scales if np.isfinite(each)), default=0.0)
         if scale > 0 and first[column] >= ARRIVES * scale * size:

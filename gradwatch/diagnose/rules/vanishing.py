@@ -192,7 +192,6 @@ def _largest_so_far(level: NDArray[np.float64], branch: NDArray[np.int64]) -> ND
 def _is_cut(window: Window, fall: _Fall) -> bool:
     """Nothing at all arrives in any of its matrices, and right behind them it is not nearly nothing: that is `zero_gradient`."""
     matrices = fall.whole[window.layout.matrix[fall.whole]]
-    # Of the last few records, as the fall itself: the others may be older than the cut.
     return bool((window.late[matrices] <= NOTHING).all() and window.late[fall.stop :].max() > np.log10(UNDERFLOW))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median
 from gradwatch.diagnose.naming import layers_of, named
-from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
@@ -31,16 +31,29 @@ of weights of 0.01 to 0.1; least squares under SGD peak at 0.6 (design), from ti
 SUSTAINED = 0.3
 """Median update ratio of the last looks. Healthy AdamW runs begin near 0.1 and stay above 0.03 for tens of updates (design)."""
 
-NEGLIGIBLE = 1e-6
-"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 0.1 %.
-The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5."""
+NEGLIGIBLE = 2.5e-7
+"""Median update ratio, from the start, with which nothing is learnt: four times what float32 resolves, 6e-8. The customary ratio is 1e-3
+(Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5, a slow fine-tuning by SGD 5e-7 (measured)."""
 
 STARVED = 3.0
 """Decades that a gradient lies below its own first ones from which that it no longer moves anything is no news: it has converged, or
 vanished, and that is told elsewhere."""
 
 MOVES = 1e-5
-"""Update ratio of any single parameter, vectors and those that began at zero included, from which the optimizer does change something."""
+"""Update ratio of any single matrix, those that began at zero included, from which the optimizer does change something."""
+
+FAINT = 1e-4
+"""Norm of a gradient over that of its parameter below which it is for its own smallness, and not for the learning rate's, that float32
+does not move: a model that has converged, or a gradient that has vanished."""
+
+GROWS = 1.5
+"""Times the first ratios of the last ones from which the optimizer is finding its step by itself (D-adaptation begins at 1e-8)."""
+
+PATIENCE = 14
+"""Updates before that is judged: Adam's first step on tiny weights replaces them, and the next ones learn."""
+
+HARM = 3.0
+"""Times the losses before that of those since such a step, from which it did harm."""
 
 LOOKS = 10
 """Looks that a sustained ratio rests on."""
@@ -52,8 +65,8 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     """A parameter has a gradient, its optimizer steps, and not one bit of it changes.
 
     Yields when its last `UNCHANGED` looks after a step of its owner found all elements, compared one by one, bit for bit what they were
-    before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, and is not `STARVED`; or was cleared before
-    the step. WARNING where a matrix is among them, INFO where only vectors are.
+    before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, not `STARVED`, and not `FAINT` beside the
+    weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, INFO where only vectors are.
 
     Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
     `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
@@ -71,7 +84,8 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     sick = (b.same >= UNCHANGED) & meta.trainable
     if not sick.any() or progress(history) is Progress.LOW:
         return
-    sick &= ((b.last > ZERO).all(axis=0) & (b.level() > b.early - STARVED * DECADE)) | cleared
+    strong = np.exp(b.level()) >= FAINT * b.weight_norm
+    sick &= ((b.last > ZERO).all(axis=0) & (b.level() > b.early - STARVED * DECADE) & (strong | (b.lr == 0.0))) | cleared
     columns = np.flatnonzero(sick)
     if not columns.size:
         return
@@ -110,8 +124,9 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
     """A step replaces the weights instead of changing them.
 
     With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
-    sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses are
-    not below what the run began with, or not below that of the best constant output. Matrices that began at zero are left out.
+    sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses
+    are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Matrices
+    that began at zero are left out.
 
     Ignored: vectors; single matrices, which may be small (a bottleneck, a LayerScale); runs that learn all the same.
 
@@ -120,13 +135,12 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         >>> with GradWatch(model):
         ...     train(model, optimizer)
     """
-    if history.recorded < LOOKS or not len(history):
+    if history.recorded < (LOOKS if history.ended else PATIENCE) or not len(history):
         return
     ratio = history.recent("update_ratio", KEPT)
     if not (ratio[:, history.meta.ndim >= 2] >= SUSTAINED).any():
         return
-    if has_learnt(history):
-        return
+    learnt = has_learnt(history)
     for columns in _matrices_by_owner(history):
         ratios, steps = _ratios(history, columns, KEPT)
         if not ratios.size:
@@ -137,10 +151,13 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         if not (at_once >= AT_ONCE or usual >= SUSTAINED):
             continue
         since = _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
+        step = int(steps[since])
+        if not _did_harm(history, step) and (learnt or (step < LOOKS and recovers_soon(history))):
+            continue
         yield Finding(
             "update_ratio_too_large",
             Severity.WARNING,
-            int(steps[since]),
+            step,
             layers=_layers(history, columns),
             message=f"an update changes the weights by {at_once:.2g} of their size",
             evidence={"update_ratio": at_once, "usual_update_ratio": usual, "lr": _rate(history, columns)},
@@ -153,10 +170,10 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
     """Steps have changed next to nothing since the start, and the loss has not improved.
 
     With `r` as in `update_ratio_too_large`: the largest of all kept looks, `LOOKS` at least, is below `NEGLIGIBLE`, and no single
-    parameter of the optimizer has a ratio of `MOVES`.
+    matrix of the optimizer has a ratio of `MOVES`.
 
-    Ignored: a learning rate that still rises (warm-up); steps that were larger before (the end of a schedule); a loss that improves or is
-    low; weights of which not a bit changes (`frozen_weights`); a loss that is not known.
+    Ignored: a learning rate, or a ratio, that still rises (warm-up, an optimizer that finds its step); a loss that improves or is low;
+    weights of which not a bit changes (`frozen_weights`); a loss that is not known.
 
     Example:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
@@ -176,8 +193,12 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
         ratios, steps = _ratios(history, columns, None)
         if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
             continue
-        owner = np.array([fact.owner == history.meta.parameters[columns[0]].owner for fact in history.meta.parameters], bool)
-        if (b.update_ratio[owner] >= MOVES).any():
+        if median(ratios[-LOOKS // 2 :]) > GROWS * median(ratios[: LOOKS // 2]):
+            continue
+        blank = np.flatnonzero(history.meta.blank & (history.meta.ndim >= 2))
+        owner = history.meta.parameters[columns[0]].owner
+        others = [i for i in blank if history.meta.parameters[i].owner == owner]
+        if (b.update_ratio[[*columns, *others]] >= MOVES).any():
             continue
         ratio = median(ratios[-LOOKS:])
         yield Finding(
@@ -255,6 +276,15 @@ def _since_large(ratios: NDArray[np.float64]) -> int:
     first = len(large) - LOOKS + int(np.argmax(large[-LOOKS:]))
     before = np.flatnonzero(~large[:first])
     return int(before[-1]) + 1 if before.size else 0
+
+
+def _did_harm(history: History, step: int) -> bool:
+    """The losses since a step are several times those before it."""
+    losses = history.between("loss", step - LOOKS, history.recorded).astype(float)
+    since = history.recorded - step
+    before, after = losses[:-since], losses[-since:][-WINDOW // 2 :]
+    before, after = before[np.isfinite(before)], after[np.isfinite(after)]
+    return len(before) >= WINDOW // 2 and len(after) > 0 and median(after) >= HARM * median(before) > 0
 
 
 def _rises(history: History, columns: NDArray[np.int64]) -> bool:
