@@ -97,6 +97,7 @@ class Meta:
         unreached: trainable parameters that no path of any graph walked so far reaches; () where a graph was opaque.
         squashed: "softmax" or "sigmoid" where the loss takes for logits what is that of something already; "" where it does not.
         squashed_by: the innermost module in which that runs; "" where it runs outside all modules, or in the root.
+        squashed_since: the record at which that was found; 0: in the first graph.
         criterion: name in `torch.nn.functional` of the loss of the first backward passes, where it was a mean and nothing was added to it.
         guess: loss of the best constant output under it, by the targets of these passes; 0 where it is not known.
         broadcast: under it the prediction was expanded to the shape of the target.
@@ -111,6 +112,7 @@ class Meta:
     unreached: tuple[str, ...] = ()
     squashed: str = ""
     squashed_by: str = ""
+    squashed_since: int = 0
     criterion: str = ""
     guess: float = 0.0
     broadcast: bool = False

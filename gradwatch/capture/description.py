@@ -141,7 +141,7 @@ def describe(
     functions: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     run: Mapping[str, int] = MappingProxyType({}),
-    squashed: tuple[str, str] = ("", ""),
+    squashed: tuple[str, str, int] = ("", "", 0),
     criterion: Criterion | None = None,
 ) -> Meta:
     """The static facts of a run.
@@ -223,6 +223,7 @@ def describe(
         unreached=tuple(table.names[slot] for slot in unreached if table.columns[slot] >= 0),
         squashed=squashed[0],
         squashed_by=squashed[1],
+        squashed_since=squashed[2],
         criterion=criterion.name if criterion is not None else "",
         guess=criterion.guess if criterion is not None and criterion.guess > 0 else 0.0,
         broadcast=criterion is not None and criterion.broadcast,

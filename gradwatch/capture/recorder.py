@@ -173,6 +173,8 @@ class Recorder:
                 reached, roots, self.inside.maker
             ):
                 self._describe()
+            if draft.full and self._walks.look_again(roots, self.inside.maker, self.recorded()):
+                self._describe()
         outcome = self.clock.backward_end(reached)
         if outcome is not None:
             self._finish(outcome)

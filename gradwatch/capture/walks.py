@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwatch.capture import private
 from gradwatch.capture.graph import find_unregistered, walk
-from gradwatch.capture.loss_end import Criterion, criterion, squashed
+from gradwatch.capture.loss_end import Criterion, Squashed, criterion, squashed
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable
 from gradwatch.capture.roles import Roles, roles
@@ -19,6 +19,10 @@ from gradwatch.capture.roles import Roles, roles
 OUTSIDE_AFTER = 5
 """Records after which leaves outside the model are looked for in the process's optimizers."""
 
+
+AGAIN, OFTEN, END = 8, 64, 256
+"""One record in so many, of those with full statistics as long as all have them by default, whose graph is looked at again next to the loss;
+later all of them. And the nodes of it that are: 0.4 ms."""
 
 CRITERIA = 8
 """Backward passes whose criterion and targets are looked at: before the earliest verdict, at update 10."""
@@ -41,7 +45,8 @@ class Walks:
         done: each slot has been reached by a backward whose graph was walked.
         outside: shapes of trainable leaves that belong to no registered parameter and no optimizer.
         outside_in_model: paths of those of them that live in a watched module's attributes.
-        squashed: what is applied to the output before the criterion does it again ("softmax"), and the layer in which; "" and "".
+        squashed: what is applied to the output before the criterion does it again ("softmax"), the layer in which, and since which
+            record that is known; "", "" and 0.
         criterion: what the loss of the first backward passes was, if it was the same in all and is known.
     """
 
@@ -54,7 +59,7 @@ class Walks:
         self.done = False
         self.outside: tuple[tuple[int, ...], ...] = ()
         self.outside_in_model: tuple[str, ...] = ()
-        self.squashed = ("", "")
+        self.squashed = ("", "", 0)
         self.criterion: Criterion | None = None
         self._criteria: list[Criterion | None] = []
         self._looks = LOOKS
@@ -86,10 +91,20 @@ class Walks:
         unreached = set(self._table.column_slots) - facts.distance.keys()
         self._unreached = unreached if self._unreached is None else self._unreached & unreached
         known = {id(ref()) for ref in self._leaves}
-        inner = squashed(roots)
-        if inner is not None and not self.squashed[0]:
-            self.squashed = (inner.function, maker(inner.numbers))
+        self._look_at_end(squashed(roots), maker, 0)
         self._leaves += [weakref.ref(leaf) for leaf in facts.outside if id(leaf) not in known]
+        return True
+
+    def look_again(self, roots: Iterable[Any], maker: Callable[[frozenset[int]], str], step: int) -> bool:
+        """Now and then, look at the end of a graph next to its loss: whether a softmax has come there since the first walk."""
+        if self.squashed[0] or not step or (step < OFTEN and step % AGAIN):
+            return False
+        return self._look_at_end(squashed(roots, END), maker, step)
+
+    def _look_at_end(self, inner: Squashed | None, maker: Callable[[frozenset[int]], str], step: int) -> bool:
+        if inner is None or self.squashed[0]:
+            return False
+        self.squashed = (inner.function, maker(inner.numbers), step)
         return True
 
     @property

@@ -410,7 +410,7 @@ PAIRS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
     "one-target": ((8, 3), (1,), False),
     "target-of-a-row": ((8, 3), (3,), False),
     "target-of-a-column": ((8, 3), (8, 1), False),
-    "prediction-of-a-column": ((8, 1), (8, 3), True),
+    "prediction-of-a-column": ((8, 1), (8, 3), False),  # one value for a row of targets may be meant
     "one-more-dimension": ((8,), (1, 8), False),
     "two-more-dimensions": ((8, 1), (1, 8, 1), False),
 }

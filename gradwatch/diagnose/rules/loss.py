@@ -34,12 +34,13 @@ def has_learnt(history: History) -> bool:
     return median(recent) < IMPROVED * min(limits)
 
 
-SOON = 60
-"""Updates within which a loss that falls at its present pace has to be below what a guess gives, to be left alone."""
+def recovers_soon(history: History, within: int) -> bool:
+    """Whether the last `WINDOW` losses fall so fast that they will be below that of a guess (or what the run began with) soon.
 
-
-def recovers_soon(history: History) -> bool:
-    """Whether the last `WINDOW` losses fall so fast that they will be below that of a guess (or what the run began with) within `SOON`."""
+    Args:
+        history: any.
+        within: updates from now, at the pace of these losses.
+    """
     b = history.baselines
     recent = b.losses[-WINDOW:]
     recent = recent[np.isfinite(recent)]
@@ -51,7 +52,7 @@ def recovers_soon(history: History) -> bool:
     if not 0 < later < earlier or not aim > 0:
         return False
     pace = float(np.log(earlier / later)) / (WINDOW / 2)
-    return float(np.log(later / aim)) <= SOON * pace
+    return float(np.log(later / aim)) <= within * pace
 
 
 class Progress(enum.Enum):

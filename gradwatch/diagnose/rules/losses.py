@@ -66,6 +66,12 @@ AS_A_GUESS = 0.995
 """Part of the loss of equal logits at which a classifier has learnt nothing: of random labels the loss lies above that. Of noisy ones
 (four in ten wrong; ups and downs of prices) a good model explains a hundredth (measured)."""
 
+BALANCED = 0.5
+"""Loss of a guess from which a binary cross-entropy is one of two classes about as frequent as each other. Of rarer ones the first batches do
+not tell what a guess costs."""
+
+_BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
+
 SMOOTH = 5
 """Losses whose median says where the loss was."""
 
@@ -165,9 +171,10 @@ def loss_spike(history: History) -> Iterator[Finding]:
 def loss_plateau(history: History) -> Iterator[Finding]:
     """After many updates the loss is what a constant output would give.
 
-    The loss is known to be a mean cross-entropy over C classes: with `G = ln C`, what equal logits give, the medians of both halves of
-    the last `FLAT_UPDATES` losses are at least `AS_A_GUESS * G` and do not differ by `PROGRESS` standard errors. Or it is a squared or
-    absolute error of N predictions that were broadcast to N x N, every one against every target, and the medians do not differ so.
+    The loss is known to be a mean cross-entropy over C classes: with `G = ln C`, what equal logits give (of a binary one what the shares
+    of the classes give, if that is `BALANCED`), the medians of both halves of the last `FLAT_UPDATES` losses are not below `G` by their
+    standard error, nor below `AS_A_GUESS * G`, and do not differ by `PROGRESS` standard errors. Or it is a squared or absolute error of N
+    predictions that were broadcast to N x N, every one against every target, and the medians do not differ so.
 
     Ignored: losses of other kinds, for what is high is not known of them (of noisy targets the best model explains a few per cent, a
     policy's loss does not fall when all goes well, and a model that has converged stays where it is); runs whose losses cannot be
@@ -179,7 +186,7 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         ...         step(F.cross_entropy(model(x), torch.randint(10, (64,))))
     """
     meta, b = history.meta, history.baselines
-    classes = meta.criterion == "cross_entropy" and meta.guess > 0
+    classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (meta.criterion in _BINARY and meta.guess >= BALANCED)
     if history.recorded < FLAT_UPDATES or not (classes or meta.broadcast):
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)
@@ -189,7 +196,7 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     guess = _guess(history)
     half = len(losses) // 2
     earlier, later = median(losses[:half]), median(losses[half:])
-    high = classes and min(earlier, later) >= AS_A_GUESS * guess
+    high = classes and all(_is_no_better(part, guess) for part in (losses[:half], losses[half:]))
     if not (high or meta.broadcast) or _falls(losses[:half], losses[half:]) or _warms_up(history):
         return
     first = median(b.first_losses)
@@ -256,6 +263,13 @@ def _has_been_so_since(history: History, level: float) -> int:
         return int(history.steps[0])
     # The last of them that was another ends where half of it is.
     return int(history.steps[min(int(other[-1]) + SMOOTH // 2 + 1, len(losses) - 1)])
+
+
+def _is_no_better(losses: NDArray[np.float64], guess: float) -> bool:
+    """The median does not lie below that of a guess, by more than its own standard error or a twohundredth."""
+    middle = median(losses)
+    error = 1.25 * 1.4826 * median(np.abs(losses - middle)) / len(losses) ** 0.5
+    return bool(middle >= max(guess - error, AS_A_GUESS * guess))
 
 
 def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:

@@ -17,6 +17,9 @@ from gradwatch.facts import ParameterFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
+AGAIN = 10
+"""Records between two looks at the end of the graph, at most, in which what is found there may have begun."""
+
 FAR_FROM_A_GUESS = 6.0
 """Times the loss of the best constant output that the first loss is, from which the last layer was made far too large. The usual
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
@@ -47,9 +50,12 @@ ARRIVES = 0.1
 """Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
 give 0.3 to 3 times that; divided by 255 they give 0.004."""
 
-LONG = 60
-"""Updates after which a loss that has fallen, but is not below that of a guess and does not come near it, counts as well: under Adam MLPs on
-raw pixels need 40 (measured)."""
+WORSE = 2.0
+"""Times the loss of the best constant output from which a loss that still falls has learnt nothing: under Adam MLPs on raw pixels are at 1 to
+1.7 times that at update 14, and learn (measured)."""
+
+SOON = 20
+"""Updates within which a loss that goes on falling at its present pace has to be below that of a guess, to be left alone."""
 
 PATIENCE = 14
 """Updates before that is judged: a network that copes with such inputs may need a few."""
@@ -88,7 +94,7 @@ def double_softmax(history: History) -> Iterator[Finding]:
     yield Finding(
         "double_softmax",
         Severity.WARNING,
-        0,
+        max(0, meta.squashed_since - AGAIN + 1) if meta.squashed_since else 0,
         layers=(meta.squashed_by,),
         message=f"the loss applies a {function} to the {function} of {where}{ceiling}",
         evidence=evidence,
@@ -130,7 +136,7 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
     output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
-    best constant output, and stand still, or do so after `LONG` updates; or the inputs were a `LARGE`th of that before. Names the root.
+    best constant output, and stand still or are `WORSE` times that; or the inputs were a `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
     the same.
@@ -151,10 +157,7 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         return
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
-    stands = (
-        history.recorded >= LONG or progress(history) is Progress.STUCK or not np.isfinite(history.baselines.losses[-WINDOW:]).any()
-    )
-    if not jumped and (has_learnt(history) or recovers_soon(history) or not stands):
+    if not jumped and (has_learnt(history) or recovers_soon(history, SOON) or not _stands(history)):
         return
     reader = _reader(history, size)
     if reader is None:
@@ -169,6 +172,14 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         message=f"the inputs have a mean of {m:.3g} and a standard deviation of {s:.3g}{then}",
         evidence={"input_mean": m, "input_std": s, "input_rms": size, "input_rms_before": before},
     )
+
+
+def _stands(history: History) -> bool:
+    """The loss has been lost, does not improve, or is still far worse than that of a guess."""
+    recent = history.baselines.losses[-WINDOW // 2 :]
+    recent = recent[np.isfinite(recent)]
+    guess = history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    return not recent.size or progress(history) is Progress.STUCK or (guess > 0 and median(recent) >= WORSE * guess)
 
 
 def _and_the_loss(history: History) -> str:
@@ -247,7 +258,7 @@ def _far_from_a_guess(history: History) -> Finding | None:
     recent = recent[np.isfinite(recent)]
     if recent.size and not median(recent) >= STILL_FAR * guess:
         return None
-    if first < SURELY_FAR * guess and (history.recorded < PATIENCE or recovers_soon(history)):
+    if first < SURELY_FAR * guess and (history.recorded < PATIENCE or recovers_soon(history, SOON)):
         return None
     large = _large(history, first / guess)
     if not large.size:

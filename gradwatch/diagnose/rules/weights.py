@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median
 from gradwatch.diagnose.naming import layers_of, named
-from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress, recovers_soon
+from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
 from gradwatch.diagnose.rules.rule import patient, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
@@ -31,9 +31,9 @@ of weights of 0.01 to 0.1; least squares under SGD peak at 0.6 (design), from ti
 SUSTAINED = 0.3
 """Median update ratio of the last looks. Healthy AdamW runs begin near 0.1 and stay above 0.03 for tens of updates (design)."""
 
-NEGLIGIBLE = 2.5e-7
-"""Median update ratio, from the start, with which nothing is learnt: four times what float32 resolves, 6e-8. The customary ratio is 1e-3
-(Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5, a slow fine-tuning by SGD 5e-7 (measured)."""
+NEGLIGIBLE = 1e-6
+"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 0.1 %.
+The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5."""
 
 STARVED = 3.0
 """Decades that a gradient lies below its own first ones from which that it no longer moves anything is no news: it has converged, or
@@ -152,7 +152,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
             continue
         since = _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
         step = int(steps[since])
-        if not _did_harm(history, step) and (learnt or (step < LOOKS and recovers_soon(history))):
+        if learnt and not _did_harm(history, step):
             continue
         yield Finding(
             "update_ratio_too_large",
