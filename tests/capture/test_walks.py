@@ -565,7 +565,7 @@ def test_walks_keep_no_graph() -> None:
         walks.see_loss([loss], 1.0)
         assert walks.count_loss() is (i == CRITERIA - 1)
     walks.take(range(len(list(model.parameters()))), [loss], lambda nodes: "somewhere")
-    assert walks.squashed == ("softmax", "somewhere")
+    assert walks.squashed == ("softmax", "somewhere", 0)
     assert walks.criterion is not None
     assert not walks.looks_at_loss
     del loss
@@ -938,3 +938,19 @@ def test_facts_that_nobody_knows_are_empty() -> None:
     assert (meta.squashed, meta.squashed_by, meta.criterion, meta.guess, meta.broadcast) == ("", "", "", 0.0, False)
     assert meta.owners == frozenset()
     assert meta.blank.tolist() == meta.still_equal.tolist() == []
+
+
+def test_a_softmax_that_comes_later_is_found_in_one_of_the_next_looks() -> None:
+    """Nobody walks the graph again by itself: its end is looked at now and then."""
+    model, soft = network(), nn.Softmax(-1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with GradWatch(model, console=False) as watch:
+        for i in range(30):
+            optimizer.zero_grad()
+            out = model(torch.randn(6, 8, generator=torch.Generator().manual_seed(i)))
+            F.cross_entropy(soft(out) if i >= 11 else out, torch.arange(6) % 4).backward()
+            optimizer.step()
+    meta = watch.history.meta
+    assert (meta.squashed, meta.squashed_since) == ("softmax", 16)
+    alert = next(alert for alert in watch.alerts if alert.rule == "double_softmax")
+    assert 5 <= alert.step <= 11
