@@ -367,7 +367,7 @@ def test_a_run_of_raw_inputs_that_diverges_is_one_alarm_about_its_inputs() -> No
 
 def test_steps_too_large_of_which_layers_die_are_one_alarm() -> None:
     run = Run(chain(4))
-    run.records(12, update_ratio=1.0)
+    run.records(16, update_ratio=1.0)
     run.records(15, np.repeat([0.0, 0.0, 1.0, 1.0], 2), update_ratio=1.0, noise=0.0)
     alert = run.only("update_ratio_too_large")
     assert (alert.step, alert.count) == (0, 18)

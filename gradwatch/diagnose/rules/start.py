@@ -110,8 +110,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
     first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it
-    and does not recover (below `SURELY_FAR`),
-    and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
+    (or all of them were lost) and, where the first was less than `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose
+    gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
