@@ -270,9 +270,9 @@ def test_what_the_graph_did_not_reach_is_named() -> None:
     ids=str,
 )
 def test_what_the_loss_is(given: Criterion | None, expected: tuple[str, float, bool]) -> None:
-    meta = described(small(), criterion=given, squashed=("sigmoid", "1"))
+    meta = described(small(), criterion=given, squashed=("sigmoid", "1", 24))
     assert (meta.criterion, meta.guess, meta.broadcast) == expected
-    assert (meta.squashed, meta.squashed_by) == ("sigmoid", "1")
+    assert (meta.squashed, meta.squashed_by, meta.squashed_since) == ("sigmoid", "1", 24)
     assert meta == replace(meta)
 
 
