@@ -103,7 +103,10 @@ def test_units_that_look_dead_and_are_not(share: float, flat: float) -> None:
     [
         pytest.param(32, 0.76, True, id="three in four of many"),
         pytest.param(32, 0.74, False, id="some of many"),
-        pytest.param(31, 0.76, False, id="three in four of few"),
+        pytest.param(2000, 0.76, True, id="three in four of very many"),
+        pytest.param(16, 14 / 16, True, id="14 of 16"),
+        pytest.param(16, 13 / 16, False, id="13 of 16, which chance makes"),
+        pytest.param(4, 0.94, False, id="all but a part of few"),
     ],
 )
 def test_units_that_have_been_dead_from_the_first_look_on(width: int, share: float, told: bool) -> None:

@@ -220,6 +220,20 @@ def test_a_gradient_that_has_starved_is_told_elsewhere(norm: float, told: bool) 
 
 
 @pytest.mark.parametrize(
+    ("norm", "lr", "told"),
+    [
+        pytest.param(5.1e-4, 0.1, True, id="a ten-thousandth of the weights"),
+        pytest.param(4.9e-4, 0.1, False, id="faint beside the weights"),
+        pytest.param(4.9e-4, 0.0, True, id="faint, and a learning rate of 0"),
+    ],
+)
+def test_a_faint_gradient_moves_nothing_for_its_own_smallness(norm: float, lr: float, told: bool) -> None:
+    run = Run(chain(4), [frozen_weights])
+    frozen(run, 20, norms=norm, noise=0.0, lr=lr)
+    assert run.rules() == (["frozen_weights"] if told else [])
+
+
+@pytest.mark.parametrize(
     ("lr", "told"),
     [
         pytest.param(0.99e-3, False, id="the end of a schedule"),
@@ -278,11 +292,11 @@ def test_where_the_beginning_is_not_kept_it_is_the_first_kept_record() -> None:
 # -- update_ratio_too_large --------------------------------------------------------------------------------------------------------
 
 
-def test_steps_that_replace_the_weights_are_told_at_update_10() -> None:
+def test_steps_that_replace_the_weights_are_told_by_update_15() -> None:
     run = Run(chain(4))
-    run.records(12, update_ratio=1.0)
+    run.records(16, update_ratio=1.0)
     alert = run.only("update_ratio_too_large")
-    assert (alert.severity, alert.step, run.sent[0][0]) == (Severity.WARNING, 0, 10)
+    assert (alert.severity, alert.step, run.sent[0][0]) == (Severity.WARNING, 0, 14)
     assert (alert.layers, alert.parameters) == (("",), ())
     assert alert.message == "an update changes the weights by 1 of their size"
     assert alert.evidence == pytest.approx({"update_ratio": 1.0, "usual_update_ratio": 1.0, "lr": 0.1})
@@ -292,7 +306,7 @@ def test_steps_that_replace_the_weights_are_told_at_update_10() -> None:
 
 def test_where_the_learning_rate_is_not_known_the_remedy_names_none() -> None:
     run = Run(chain(4))
-    run.records(12, update_ratio=1.0, lr=np.nan)
+    run.records(16, update_ratio=1.0, lr=np.nan)
     assert run.only("update_ratio_too_large").remedy.startswith("Lower the learning rate until")
 
 
@@ -316,15 +330,15 @@ def test_steps_that_become_too_large_at_update_20_are_told_within_10() -> None:
 @pytest.mark.parametrize(
     ("ratios", "told"),
     [
-        pytest.param([0.301] * 12, True, id="sustained"),
-        pytest.param([0.299] * 12, False, id="large, as a healthy run's may be"),
+        pytest.param([0.301] * 16, True, id="sustained"),
+        pytest.param([0.299] * 16, False, id="large, as a healthy run's may be"),
         pytest.param([0.1, 0.31] * 12, False, id="less than half of the looks"),
         pytest.param([0.1] * 3 + [2.01] + [0.1] * 10, True, id="at once"),
         pytest.param([0.1] * 3 + [1.99] + [0.1] * 10, False, id="not quite at once"),
-        pytest.param([np.nan] * 4 + [1.9] * 9, False, id="nine looks"),
-        pytest.param([np.nan] * 4 + [1.9] * 10, True, id="ten looks"),
-        pytest.param([np.nan] * 12 + [2.1], True, id="one look at once"),
-        pytest.param([np.inf] + [0.1] * 12, False, id="a ratio that is not finite"),
+        pytest.param([np.nan] * 10 + [1.9] * 9, False, id="nine looks"),
+        pytest.param([np.nan] * 10 + [1.9] * 10, True, id="ten looks"),
+        pytest.param([np.nan] * 15 + [2.1], True, id="one look at once"),
+        pytest.param([np.inf] + [0.1] * 16, False, id="a ratio that is not finite"),
     ],
 )
 def test_how_large_and_for_how_long(ratios: list[float], told: bool) -> None:
@@ -338,9 +352,9 @@ def test_one_step_that_replaced_the_weights_is_told_where_it_was() -> None:
     run = Run(chain(4))
     run.records(3)
     run.record(update_ratio=5.0)
-    run.records(6)
+    run.records(16)
     alert = run.only("update_ratio_too_large")
-    assert (alert.step, run.sent[0][0]) == (3, 10)
+    assert (alert.step, run.sent[0][0]) == (3, 14)
     assert alert.message == "an update changes the weights by 5 of their size"
     assert alert.evidence["usual_update_ratio"] == pytest.approx(1e-3)
 
@@ -414,6 +428,30 @@ def test_runs_that_learn_all_the_same_are_left_alone(loss: float, guess: float, 
     assert run.rules() == (["update_ratio_too_large"] if told else [])
 
 
+@pytest.mark.parametrize(("after", "told"), [pytest.param(0.31, True, id="harm"), pytest.param(0.29, False, id="hardly any")])
+def test_a_step_that_did_harm_is_told_though_the_run_has_learnt(after: float, told: bool) -> None:
+    run = Run(chain(4), [update_ratio_too_large])
+    run.records(10)
+    run.records(15, loss=0.1)
+    run.record(loss=after, update_ratio=3.0)
+    run.records(8, loss=after)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+    if told:
+        assert (run.only("update_ratio_too_large").step, run.sent[0][0]) == (25, 26)
+
+
+@pytest.mark.parametrize(
+    ("before", "told"), [pytest.param([1.0] * 5, True, id="five"), pytest.param([np.nan] * 6 + [1.0] * 4, False, id="four")]
+)
+def test_of_harm_is_spoken_where_five_losses_went_before(before: list[float], told: bool) -> None:
+    run = Run(chain(4), [update_ratio_too_large])
+    run.records(10, loss=1e3)
+    for loss in [*[np.nan] * 10, *before]:
+        run.record(loss=loss)
+    run.records(10, loss=50.0, update_ratio=3.0)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+
+
 def test_a_loop_that_never_shows_a_loss_is_left_alone() -> None:
     run = Run(chain(4))
     run.records(30, update_ratio=1.0, loss=np.nan, loss_terms=0)
@@ -426,14 +464,16 @@ def test_matrices_of_which_not_all_is_known_are_left_out(unknown: str, ratio: fl
     run = Run(meta := chain(4), [update_ratio_too_large, update_ratio_too_small])
     columns = {"update_ratio": of(meta, value=ratio, others=ratio), "weight_norm": of(meta, value=5.0, others=5.0)}
     columns[unknown][0] = np.nan
-    run.records(12, **columns)
+    run.records(16, **columns)
     (alert,) = run.alarms()
     assert alert.evidence["update_ratio"] == pytest.approx(ratio)
+    if alert.rule == "update_ratio_too_small":
+        assert alert.evidence["gradient_ratio"] == pytest.approx(0.2, rel=0.3)
 
 
 def test_frozen_parameters_are_not_named() -> None:
     run = Run(change(chain(4), lambda f: f.layer == "1", trainable=False))
-    run.records(12, update_ratio=1.0)
+    run.records(16, update_ratio=1.0)
     assert run.only("update_ratio_too_large").layers == ("",)
 
 
@@ -444,7 +484,7 @@ def two_optimizers() -> Meta:
 
 def test_of_several_optimizers_the_one_that_steps_too_far_is_told() -> None:
     run = Run(meta := two_optimizers())
-    run.records(12, update_ratio=of(meta, "b.0", "b.1", value=1.0, others=1e-3), lr=of(meta, "b.0", "b.1", value=3.0, others=0.1))
+    run.records(16, update_ratio=of(meta, "b.0", "b.1", value=1.0, others=1e-3), lr=of(meta, "b.0", "b.1", value=3.0, others=0.1))
     alert = run.only("update_ratio_too_large")
     assert alert.layers == ("b.0", "b.1")
     assert alert.evidence["lr"] == 3.0
@@ -452,7 +492,7 @@ def test_of_several_optimizers_the_one_that_steps_too_far_is_told() -> None:
 
 def test_of_several_learning_rates_the_largest_is_told() -> None:
     run = Run(meta := chain(4))
-    run.records(12, update_ratio=1.0, lr=of(meta, "1", value=3.0, others=np.nan))
+    run.records(16, update_ratio=1.0, lr=of(meta, "1", value=3.0, others=np.nan))
     assert run.only("update_ratio_too_large").evidence["lr"] == 3.0
 
 
@@ -559,11 +599,26 @@ def test_how_small_and_for_how_long(ratios: list[float], told: bool) -> None:
 @pytest.mark.parametrize(
     ("ratio", "told"), [pytest.param(0.99e-5, True, id="it does not"), pytest.param(1.01e-5, False, id="it does")]
 )
-@pytest.mark.parametrize("name", ["1.bias", "blank"])
-def test_a_single_parameter_that_moves_shows_that_the_optimizer_does(name: str, ratio: float, told: bool) -> None:
+@pytest.mark.parametrize("name", ["1.weight", "blank"])
+def test_a_single_matrix_that_moves_shows_that_the_optimizer_does(name: str, ratio: float, told: bool) -> None:
     meta = change(chain(4), lambda f: f.name == "2.weight", name="blank", init_rms=0.0)
     run = Run(meta, [update_ratio_too_small])
-    run.records(12, update_ratio=of(meta, name, value=ratio, others=1e-9))
+    weights = of(meta, name, value=1e-3, others=5.0)
+    run.records(12, update_ratio=of(meta, name, value=ratio, others=1e-9), weight_norm=weights)
+    assert run.rules() == (["update_ratio_too_small"] if told else [])
+
+
+def test_vectors_that_move_show_nothing() -> None:
+    run = Run(meta := chain(4), [update_ratio_too_small])
+    run.records(12, update_ratio=of(meta, *(f"{i}.bias" for i in range(4)), value=1e-2, others=1e-9))
+    assert run.rules() == ["update_ratio_too_small"]
+
+
+@pytest.mark.parametrize(("rise", "told"), [(1.49, True), (1.51, False)])
+def test_an_optimizer_that_finds_its_step_by_itself_is_waited_for(rise: float, told: bool) -> None:
+    run = Run(chain(4), [update_ratio_too_small])
+    run.records(5, update_ratio=1e-8)
+    run.records(5, update_ratio=rise * 1e-8)
     assert run.rules() == (["update_ratio_too_small"] if told else [])
 
 

@@ -42,8 +42,8 @@ def test_a_loss_that_does_not_depend_on_the_output_is_told_as_that() -> None:
     assert alert.layers == ("",)
     assert alert.message == "the gradient is exactly zero in 4 of 4 layers"
     assert alert.evidence["reference_norm"] == 0.0
-    assert alert.cause.startswith("The loss does not depend on what the model puts out")
-    assert alert.remedy.startswith("Look between the model's output and the loss")
+    assert alert.cause.startswith("As far as a derivative can tell the loss does not depend on any weight")
+    assert alert.remedy.startswith("Look in the loss and behind the last layer")
 
 
 def test_a_cut_that_comes_at_update_20_is_told_within_10() -> None:
@@ -112,6 +112,24 @@ def test_once_the_loss_is_low_zeros_are_healthy(loss: float, told: bool) -> None
     run.records(10)
     zeros(run, 20, "0", loss=loss)
     assert run.rules() == (["zero_gradient"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("zero", "loss", "severity"),
+    [
+        pytest.param("3", lambda i: 0.97**i, Severity.INFO, id="something before it learns"),
+        pytest.param("3", lambda i: 1.0, Severity.WARNING, id="nothing is learnt"),
+        pytest.param("0", lambda i: 0.97**i, Severity.WARNING, id="nothing lies before it"),
+    ],
+)
+def test_what_is_cut_off_at_its_own_end_while_the_rest_learns_may_be_meant_so(zero: str, loss: Any, severity: Severity) -> None:
+    run = Run(meta := chain(4), [zero_gradient])
+    for i in range(30):
+        run.record(norms(meta, zero), noise=0.0, loss=loss(i))
+    run.incidents = Run(meta, [zero_gradient]).incidents
+    run.record(norms(meta, zero), noise=0.0, loss=loss(30))
+    (alert,) = run.incidents.alerts
+    assert alert.severity == severity
 
 
 # -- what waits to be filled -------------------------------------------------------------------------------------------------------
@@ -257,10 +275,10 @@ def test_of_a_layer_whose_matrix_is_not_reached_nothing_is_said() -> None:
 
 def test_only_what_the_last_record_reached_is_named() -> None:
     run = Run(chain(4), [zero_gradient])
-    for i in range(19):
+    for i in range(20):
         values = np.array([0.0, 0.0, np.nan, np.nan, 1.0, 1.0, 1.0, 1.0])
         run.record(values if i % 2 == 0 else values[[2, 2, 0, 0, 4, 4, 4, 4]], noise=0.0)
-    assert run.only("zero_gradient").layers == ("0",)
+    assert [(alert.layers, alert.count) for alert in run.alarms()] == [(("0",), 1), (("1",), 1)]
 
 
 # -- the end of a fall -------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     above = recent > high
     if not start > 0 or int(above.sum()) < LASTING or not above[-1] or not _is_comparable(history):
         return
-    if not classes and not _overshoots(history) and not (float(recent[-1]) > RUNAWAY * start and (np.diff(recent) > 0).all()):
+    rises = bool((recent[1:] > recent[:-1]).all())
+    if not classes and not _overshoots(history) and not (float(recent[-1]) > RUNAWAY * start and rises):
         return
     now = float(np.nanmedian(recent))
     yield Finding(
@@ -146,16 +147,18 @@ def loss_spike(history: History) -> Iterator[Finding]:
     if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= TWICE * float(before.max()):
         return
     usual, guess = median(before), _guess(history)
-    known = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and loss >= guess
-    if not usual > 0 or loss < (TWICE if known else SPIKE) * float(before.max()) or not _is_comparable(history):
+    if not usual > 0 or not _is_comparable(history):
         return
     logs = np.log(before)
     own = 1.4826 * median(np.abs(logs - median(logs)))
+    learnt = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and own <= SPREAD
+    if loss < (TWICE if learnt and loss >= guess else SPIKE) * float(before.max()):
+        return
     score = float(np.log(loss / usual)) / max(SPREAD, own)
     lately = b.losses[-LATELY - 1 : -1]
     lately = lately[np.isfinite(lately)]
     jump, largest = float(np.log(loss / usual)), float(np.log(max(float(lately.max()), usual) / usual))
-    if score < SPIKE_SCORE or jump < JUMPS * largest or (known and own > SPREAD):
+    if score < SPIKE_SCORE or jump < JUMPS * largest:
         return
     yield Finding(
         "loss_spike",
@@ -195,7 +198,7 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         return
     guess = _guess(history)
     half = len(losses) // 2
-    earlier, later = median(losses[:half]), median(losses[half:])
+    later = median(losses[half:])
     high = classes and all(_is_no_better(part, guess) for part in (losses[:half], losses[half:]))
     if not (high or meta.broadcast) or _falls(losses[:half], losses[half:]) or _warms_up(history):
         return

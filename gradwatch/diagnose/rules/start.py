@@ -110,8 +110,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
     first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it
-    and does not recover (below `SURELY_FAR`),
-    and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
+    (or all of them were lost) and, where the first was less than `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose
+    gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -198,8 +198,10 @@ def _since(history: History, size: float) -> tuple[int, float]:
     sizes = np.hypot(history.stat("input_mean").astype(float), history.stat("input_std").astype(float))
     steps = history.steps[np.isfinite(sizes)]
     sizes = sizes[np.isfinite(sizes)]
+    # Up to the last that was so large: small ones after it are not before it.
+    sizes = sizes[: int(np.flatnonzero(sizes >= size / LARGE)[-1]) + 1]
     small = np.flatnonzero(sizes < size / LARGE)
-    if not small.size or small[-1] + 1 >= len(sizes):
+    if not small.size:
         return 0, float("nan")
     before = float(np.median(sizes[: small[-1] + 1]))
     # A small batch among large ones is none of their beginning.
