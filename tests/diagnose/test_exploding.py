@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradwatch.diagnose.rules import exploding_gradient
 from gradwatch.history import LayerFact, Meta, ParameterFact
 from gradwatch.records import Severity
 from tests.diagnose.runs import Run, chain, change
@@ -151,6 +152,38 @@ def test_growth_that_stops_is_none() -> None:
     for i in range(60):
         run.record(30.0 if i > 20 else 1.2**i, loss=30.0 if i > 20 else 1.2**i)
     assert run.alarms() == []
+
+
+@pytest.mark.parametrize(("part", "told"), [(1.01, True), (0.99, False)])
+def test_a_gradient_that_grows_has_to_come_to_three_times_the_weights(part: float, told: bool) -> None:
+    run = Run(chain(4), [exploding_gradient])
+    for i in range(15):
+        run.record(part * 15.0 * 2.0 ** (i - 14), noise=0.0, loss=1.5 * 4.0**i)  # of weights of 5
+    assert run.rules() == (["exploding_gradient"] if told else [])
+
+
+LOST = {"loss": np.inf, "grad_nonfinite": 4.0, "grad_state": 9, "total_norm": np.nan}
+
+
+@pytest.mark.parametrize(
+    ("decades", "told"),
+    [
+        pytest.param([(4.1, 4.1)], True, id="one step"),
+        pytest.param([(3.9, 4.1)], False, id="one step, the norm by less"),
+        pytest.param([(4.1, 3.9)], False, id="one step, the loss by less"),
+        pytest.param([(1.6, 1.6), (3.1, 3.1)], True, id="two steps"),
+        pytest.param([(1.6, 1.6), (2.9, 3.1)], False, id="two steps, the norm by less"),
+        pytest.param([(1.1, 1.1), (3.1, 2.1)], True, id="two steps, the loss by two decades"),
+        pytest.param([(1.1, 1.1), (3.1, 1.9)], False, id="two steps, the loss by less"),
+    ],
+)
+def test_how_far_a_run_that_dies_has_to_have_grown(decades: list[tuple[float, float]], told: bool) -> None:
+    run = Run(chain(4), [exploding_gradient])
+    for norm, loss in ((0.0, 0.0), *decades):
+        run.record(10.0 * 10.0**norm, noise=0.0, loss=10.0**loss)
+    run.record(np.nan, **LOST)
+    assert run.rules() == (["exploding_gradient"] if told else [])
+    assert run.notices == []
 
 
 def test_a_run_that_dies_in_three_updates_is_told_as_growing_too() -> None:
