@@ -20,8 +20,8 @@ from tests.zoo.run import run
 from tests.zoo.score import Score, score, table, wrong
 
 KNOWN = {rule.__name__ for rule in default_rules()}  # type: ignore[attr-defined]
-SICK, HEALTHY, SHARE = 60, 45, 0.4
-"""The least numbers of cases, and the least share of the sick and of the healthy ones that each half holds."""
+SICK, HEALTHY = 60, 45
+"""The least numbers of cases in each half."""
 
 # -- the cases ---------------------------------------------------------------------------------------------------------------------
 
@@ -42,8 +42,8 @@ def test_no_two_cases_share_a_name() -> None:
 def test_there_are_enough_cases_of_both_kinds_in_both_halves() -> None:
     for kind, least in ((True, SICK), (False, HEALTHY)):
         halves = Counter(case.half for case in suite.cases() if bool(case.rules) is kind)
-        assert sum(halves.values()) >= least
-        assert min(halves["first"], halves["second"]) >= SHARE * sum(halves.values()), halves
+        # The first half has grown since: whoever develops needs many, whoever reports needs untouched ones.
+        assert min(halves["first"], halves["second"]) >= least, halves
 
 
 def test_a_rule_with_several_cases_has_them_in_both_halves() -> None:

@@ -136,7 +136,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
     output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
-    best constant output, and stand still or are `WORSE` times that; or the inputs were a `LARGE`th of that before. Names the root.
+    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the inputs were a
+    `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
     the same.
