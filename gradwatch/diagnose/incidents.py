@@ -198,10 +198,10 @@ class Incidents:
             if rank < RANK.get(other.alert.rule, -1)
             and other.alert.rule not in _EVENTS
             and incident.earliest - 1 <= other.alert.step
-            and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START)
+            and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
-            and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START)
+            and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and touches(cause, other.alert, history)
         ]
         if not taken:
@@ -267,6 +267,11 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
+
+
+def _is_its_loss(cause: Alert, consequence: Alert) -> bool:
+    """A loss that diverges is what a gradient that explodes in time does."""
+    return consequence.rule == "loss_diverging" and cause.rule == "exploding_gradient" and "growing" in cause.evidence
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     if not looks.layers.size:
         return
     feeders = _Feeders(history)
-    looks = looks.pick(np.array([feeders.is_hidden(int(i)) for i in looks.layers], bool))
+    looks = looks.pick(np.array([feeders.is_hidden(int(i)) or not feeders.is_last(int(i)) for i in looks.layers], bool))
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
@@ -381,6 +381,11 @@ class _Feeders:
         feeder = self.of(layer)
         last = max((self._last[owner] for owner in self._owners.get(feeder, ())), default=-1)
         return feeder < 0 or last > int(self._rank[feeder])
+
+    def is_last(self, layer: int) -> bool:
+        """By the graph, nothing with parameters stands between the module before it and the loss; what is called later may come before."""
+        feeder = self.of(layer)
+        return feeder >= 0 and self._facts[feeder].role == "head"
 
     def is_gate(self, layer: int) -> bool:
         """A sigmoid, or what may be one, before which the gradient has another way."""

@@ -51,7 +51,9 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     now = layout.take(history.recent("grad_norm", 1)[0])
     if not (now == 0.0).any():
         return
-    zero = (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
+    # Of no elements the norm is 0.
+    full = layout.take(history.meta.numel) > 0
+    zero = full & (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
     sick = _whole_layers(layout, zero, now)
     if not sick.any():
         return
