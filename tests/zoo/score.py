@@ -43,11 +43,15 @@ class Score:
     delays: list[int] = field(default_factory=list)
 
     @property
+    def silent(self) -> bool:
+        """No healthy run was alarmed, and none raised."""
+        return not self.broken and not self.alarmed
+
+    @property
     def reached(self) -> bool:
         """The reach is met. What a group has none of, it cannot miss."""
         return (
-            not self.broken
-            and not self.alarmed
+            self.silent
             and self.in_time >= IN_TIME * self.sick
             and self.localised >= LOCALISED * self.placed
             and self.alerts - self.untrue >= TRUE * self.alerts

@@ -226,6 +226,13 @@ def test_check_fails_where_the_reach_is_missed(hidden: str) -> None:
     assert zoo.main(["--half", "second", "--seeds", "1", "--check"]) == 1
 
 
+def test_silence_is_that_no_healthy_run_is_alarmed_and_none_raises() -> None:
+    assert Score(sick=1).silent
+    assert not Score(sick=1).reached
+    assert not Score(healthy=1, alarmed=1).silent
+    assert not Score(healthy=1, broken=1).silent
+
+
 def test_a_failed_proof_fails_the_command(hidden: str) -> None:
     assert zoo.main(["--half", "second", "--seeds", "1", "--proofs"]) == 1
 
