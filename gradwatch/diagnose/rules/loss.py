@@ -6,7 +6,7 @@ import enum
 
 import numpy as np
 
-from gradwatch.baselines import WINDOW
+from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
 from gradwatch.history import History
 
@@ -15,6 +15,13 @@ LOW = 1 / 20
 
 IMPROVED = 0.9
 """Of its first values: a loss below improves. Batch noise on the zoo moves the median of ten by 5 % (measured)."""
+
+
+def guess_of(history: History) -> float:
+    """The loss of the best constant output in an update of as many losses as the last one that showed any; 0 where it is not known."""
+    terms = history.recent("loss_terms", KEPT)
+    terms = terms[np.isfinite(history.recent("loss", KEPT))]
+    return history.meta.guess * float(terms[-1]) if terms.size and terms[-1] > 0 else 0.0
 
 
 def has_learnt(history: History) -> bool:
@@ -27,8 +34,8 @@ def has_learnt(history: History) -> bool:
     recent = recent[np.isfinite(recent)]
     if not b.first_losses.size or not recent.size:
         return not b.losses.size or not history.recent("loss_terms", 1)[0] > 0
-    terms = float(history.recent("loss_terms", 1)[0])
-    limits = [float(b.first_losses[0])] + ([history.meta.guess * terms] if history.meta.guess * terms > 0 else [])
+    guess = guess_of(history)
+    limits = [float(b.first_losses[0]), *([guess] if guess > 0 else [])]
     if min(limits) <= 0:
         return True
     return median(recent) < IMPROVED * min(limits)
@@ -46,7 +53,7 @@ def recovers_soon(history: History, within: int) -> bool:
     recent = recent[np.isfinite(recent)]
     if len(recent) < WINDOW or not b.first_losses.size:
         return False
-    guess = history.meta.guess * float(history.recent("loss_terms", 1)[0])
+    guess = guess_of(history)
     aim = IMPROVED * (min(guess, float(b.first_losses[0])) if guess > 0 else float(b.first_losses[0]))
     earlier, later = median(recent[: WINDOW // 2]), median(recent[WINDOW // 2 :])
     if not 0 < later < earlier or not aim > 0:

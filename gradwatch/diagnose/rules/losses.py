@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
+from gradwatch.diagnose.rules.loss import guess_of
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
@@ -100,7 +101,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     if len(b.losses) < WINDOW or len(b.first_losses) < START:
         return
     start = median(b.first_losses[:START])
-    recent, guess = b.losses[-RECENT:], _guess(history)
+    recent, guess = b.losses[-RECENT:], guess_of(history)
     classes = history.meta.criterion == "cross_entropy" and guess > 0
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
@@ -146,7 +147,7 @@ def loss_spike(history: History) -> Iterator[Finding]:
     # A first look that most records end at.
     if not loss > OF_START * start or len(before) < BEFORE // 2 or not loss >= TWICE * float(before.max()):
         return
-    usual, guess = median(before), _guess(history)
+    usual, guess = median(before), guess_of(history)
     if not usual > 0 or not _is_comparable(history):
         return
     logs = np.log(before)
@@ -196,7 +197,7 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     losses = losses[np.isfinite(losses)]
     if len(losses) < FLAT_UPDATES * 3 // 4 or not b.first_losses.size or not _is_comparable(history):
         return
-    guess = _guess(history)
+    guess = guess_of(history)
     half = len(losses) // 2
     later = median(losses[half:])
     high = classes and all(_is_no_better(part, guess) for part in (losses[:half], losses[half:]))
@@ -228,13 +229,6 @@ def _is_comparable(history: History) -> bool:
         and (finite > 0).all()
         and (b.first_losses > 0).all()
     )
-
-
-def _guess(history: History) -> float:
-    """The loss of the best constant output in an update of as many losses as the last one that showed any; 0 where it is not known."""
-    terms = history.recent("loss_terms", KEPT)
-    terms = terms[np.isfinite(history.recent("loss", KEPT))]
-    return history.meta.guess * float(terms[-1]) if terms.size and terms[-1] > 0 else 0.0
 
 
 def _overshoots(history: History) -> bool:
