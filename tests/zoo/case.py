@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ class Case:
     """One run of the zoo and what is true of it.
 
     Attributes:
-        name: also decides, by its hash, in which half the case is.
+        name: no other case has it.
         build: seed -> a run.
         rules: any of these names the fault; () for a healthy run.
         region: modules that are sick, by name; a module below one of them counts. () for a fault without a place.
@@ -64,11 +63,6 @@ class Case:
     within: int | None = None
     source: str = ""
     proof: Proof | None = None
-
-    @property
-    def half(self) -> str:
-        """ "first" or "second": rules are developed on the first, the second is only run to report."""
-        return "second" if zlib.crc32(self.name.encode()) % 2 else "first"
 
 
 Build = Callable[[int], Setup]
