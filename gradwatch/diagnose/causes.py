@@ -73,16 +73,22 @@ def touches(cause: Alert | Finding, consequence: Alert | Finding, history: Histo
     )
 
 
-def dies_of_it(cause: Alert, consequence: Finding, history: History) -> bool:
-    """Whether an activation passes nothing because what feeds it was starved before; or a layer is starved because steps that replace the
-    weights made them so."""
-    if cause.rule == "update_ratio_too_large" and consequence.rule in _STARVED:
+def dies_of_it(cause: Alert, consequence: Alert | Finding, history: History) -> bool:
+    """Whether an activation passes nothing because what feeds it was starved before; or layers are starved, or enlarge what passes them,
+    because steps that replace the weights made them so; or activations block because weights grew without bound."""
+    if cause.rule == "update_ratio_too_large" and (consequence.rule in _STARVED or _explodes_in_depth(consequence)):
         return cause.step <= consequence.step and overlap(cause.layers, consequence.layers)
+    if cause.rule == "exploding_gradient" and "growing" in cause.evidence and consequence.rule in _BLOCKS:
+        return cause.step < consequence.step  # weights that have grown without bound
     starved = cause.rule in _STARVED and consequence.rule in _BLOCKS and cause.step < earliest(consequence, history)
     return starved and starts_before(history.meta, cause.parameters, consequence.layers)
 
 
-def earliest(finding: Finding, history: History) -> int:
+def _explodes_in_depth(finding: Alert | Finding) -> bool:
+    return finding.rule == "exploding_gradient" and "growing" not in finding.evidence
+
+
+def earliest(finding: Alert | Finding, history: History) -> int:
     """The first step at which it may have begun: an activation may be blocked from the record after the last look at it."""
     if finding.rule not in _BLOCKS or not finding.step:
         return finding.step
@@ -149,7 +155,7 @@ def _anywhere(cause: Alert | Finding, consequence: Alert | Finding, history: His
 
 _FOLDS = (
     _Fold(FROM_START, frozenset(name for names in CAUSES[8:] for name in names), _anywhere),
-    _Fold(frozenset({"exploding_gradient"}), frozenset({"vanishing_gradient"}), _anywhere),
+    _Fold(frozenset({"exploding_gradient"}), frozenset({"vanishing_gradient", "frozen_weights"}), _anywhere),
     _Fold(_BLOCKS, _STARVED, _before),
     _Fold(frozenset({"dead_units"}), _STARVED, _up_to_the_next),
 )

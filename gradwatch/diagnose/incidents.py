@@ -195,14 +195,14 @@ class Incidents:
         taken = [
             i
             for i, other in enumerate(self._incidents)
-            if rank < RANK.get(other.alert.rule, -1)
+            if (rank < RANK.get(other.alert.rule, -1) or dies_of_it(cause, other.alert, history))
             and other.alert.rule not in _EVENTS
             and incident.earliest - 1 <= other.alert.step
             and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
             and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
-            and touches(cause, other.alert, history)
+            and (touches(cause, other.alert, history) or dies_of_it(cause, other.alert, history))
         ]
         if not taken:
             self._incidents.append(incident)

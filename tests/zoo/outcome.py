@@ -118,7 +118,7 @@ class Outcome:
         return bool(below) and all(self._in_region(m) for m in below)
 
     def _in_region(self, module: str) -> bool:
-        return any(module == r or module.startswith(r + ".") for r in self.case.region)
+        return any(not r or module == r or module.startswith(r + ".") for r in self.case.region)
 
 
 def allowed(case: Case) -> int:

@@ -41,6 +41,10 @@ elements. Healthy layers keep to 0.97 over eight looks; that of the network that
 LASTING = 8
 """Looks in a row that must show it, up to the last one; where one update in ten is looked at, three."""
 
+NO_WAY_OUT = 5
+"""The same where nothing at all passes: a layer that gets a gradient of exactly 0 can only be moved by what the optimizer still holds of
+earlier ones."""
+
 APART = 20
 """Updates that three looks have to span at least, to be as good as `LASTING` of them."""
 
@@ -94,11 +98,13 @@ def dead_units(history: History) -> Iterator[Finding]:
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
     least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START`, more than chance explains, and as much of
     its output has been flat in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
-    in a row, which needs no 32 of them. Names the activation, or the module that a function follows, the first to run first. Of one
+    in a row (all of it, and nothing passes: `NO_WAY_OUT`), which needs no 32 of them.
+    Names the activation, or the module that a function follows, the first to run first. Of one
     activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
-    no parameter of the same optimizer behind it (a hinge, a penalty, an output, of which `zero_gradient` tells).
+    no parameter of the same optimizer behind it (a hinge, a penalty, an output), but for an output that is silent while the loss is
+    high and no parameter at all gets a gradient.
     """
     if history.recorded < WINDOW:
         return
@@ -118,11 +124,11 @@ def dead_units(history: History) -> Iterator[Finding]:
     if long_since.size:
         feeders = _Feeders(history)
         sick[[i for i in looks.layers[long_since].tolist() if _is_no_chance(float(dead[i]), feeders.units(i))]] = True
-    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts)
+    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts | looks.pass_nothing())
     if not looks.layers.size:
         return
-    feeders = _Feeders(history)
-    looks = looks.pick(np.array([feeders.is_hidden(int(i)) or not feeders.is_last(int(i)) for i in looks.layers], bool))
+    feeders, nothing = _Feeders(history), _nothing_arrives(history)
+    looks = looks.pick(np.array([nothing or feeders.is_hidden(int(i)) or not feeders.is_last(int(i)) for i in looks.layers], bool))
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return
@@ -271,6 +277,13 @@ class _Looks:
         whole = (count == seen.sum(axis=0)) & (self.first >= least)
         return _Run(start, (count >= LASTING) | ((count >= 3) & (span >= APART)), whole)
 
+    def pass_nothing(self) -> NDArray[np.bool_]:
+        """`[C]`: all of the output is flat and not the least gradient passes, in each of the last `NO_WAY_OUT` looks."""
+        last = slice(-NO_WAY_OUT, None)
+        flat, gain = self.share[last], self.gain[last]
+        nothing: NDArray[np.bool_] = (flat == 1.0).all(axis=0) & (gain == 0.0).all(axis=0)
+        return nothing & (len(flat) == NO_WAY_OUT)
+
     def usual(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """`[C]`: median of the last `LASTING` looks; NaN where none observed it."""
         last = values[-LASTING:].astype(np.float64)
@@ -399,6 +412,13 @@ class _Feeders:
         if np.isnan(gain):  # it reads the data
             return sum(fact.role == "input" for fact in self._facts) > 1
         return not gain <= BYPASS * self._scale[feeder]
+
+
+def _nothing_arrives(history: History) -> bool:
+    """No parameter has had a gradient other than zero for `WINDOW` records, though the loss is above zero and not low."""
+    totals, losses = history.recent("total_norm", WINDOW), history.recent("loss", WINDOW)
+    high = len(totals) == WINDOW and bool((losses > 0).all()) and progress(history) is not Progress.LOW
+    return high and bool((totals == 0.0).all())
 
 
 def _input_std(history: History) -> float:

@@ -9,8 +9,8 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.baselines import WINDOW
-from gradwatch.diagnose.arrays import median, median_of_rows, members
+from gradwatch.baselines import WINDOW, ZERO
+from gradwatch.diagnose.arrays import DECADE, median, median_of_rows, members
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
@@ -50,6 +50,9 @@ AGAIN = 12.0
 """Nodes that a module is nearer to the loss than the one executed before it, from which it is passed many times: a layer with its
 activation and normalisation takes at most 6."""
 
+STARVED = 3.0
+"""Decades below the first gradients from which a network gets next to nothing: that its input gets more of that is no explosion."""
+
 IMMENSE = 5.0
 """Decades of explained growth that need no persistence: such a run is seldom alive at update 10."""
 
@@ -71,12 +74,15 @@ IN_TIME = 2.0
 """Decades that the total norm and the loss both grow above their first values, without a pause. A healthy generator's norm grew by 2.3
 decades in 60 updates, its loss by less than 1 (measured)."""
 
+STEADY, EACH = 1.3, 12
+"""The same where norm and loss both rose in each of the last `EACH` records: noise makes a record fall now and then."""
+
 ONE_STEP = 4.0
 """The same where the very next record overflows: a first step that multiplies both by so much is not one of a run that learns."""
 
 BESIDE_WEIGHTS = 3.0
-"""Times the norm of the weights that the gradient's has to be, too: where rewards are rare, or an output begins saturated, it grows from
-nearly nothing to its usual size, in health by 8 decades (measured)."""
+"""Times the norm of the weights, now or when they were first looked at, that the gradient's has to be, too: where rewards are rare, or an
+output begins saturated, it grows from nearly nothing to its usual size, in health by 8 decades (measured)."""
 
 UNKNOWN_LOSS = 4.0
 """Decades of the norm alone where the loss is not known."""
@@ -101,8 +107,9 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
     differ by `STAIR` each; or neighbours differ by `JUMP`; in `LASTING` of the last 10 observations. A network without normalisation
     whose weights enlarge a signal by `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time: norm
-    and loss both grow by `IN_TIME` decades over their first values, rising in nearly every one of the last nine records, to a norm of
-    `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record after the first is the last that is finite; by
+    and loss (its size, where it is negative) both grow by `IN_TIME` decades over their first values, rising in nearly every one of the
+    last nine records, or by `STEADY` in each of the last `EACH`, to a norm of `BESIDE_WEIGHTS` times that of the weights;
+    by `ONE_STEP` decades where the record after the first is the last that is finite; by
     `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of optimizers that take turns each has its own.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
@@ -150,9 +157,17 @@ def _across_depth(history: History) -> Finding | None:
     early = len(deltas.delta) < WINDOW
     stuck = history.recorded >= PATIENCE and progress(history) is Progress.STUCK
     growth = _growth(deltas, early, GROWTH_STUCK if stuck else GROWTH_EXPLAINED)
-    if growth is not None:
+    if growth is not None and not _starved(history, deltas):
         return _told(history, deltas, growth)
     return None if early else _forward(history, deltas)
+
+
+def _starved(history: History, deltas: Deltas) -> bool:
+    """Whether even the largest gradient lies `STARVED` decades below the largest of the first ones: what is left has no shape."""
+    b, columns = history.baselines, deltas.modules.columns
+    first = np.nanmax(b.first[:, columns], initial=ZERO)
+    last = np.nanmax(b.last[:, columns], initial=ZERO)
+    return bool(last < first - STARVED * DECADE)
 
 
 def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> bool:
@@ -335,7 +350,7 @@ def _in_time(history: History) -> Finding | None:
     """Norm and loss grow together, far beyond their first values."""
     b = history.baselines
     newest = float(history.recent("total_norm", 1)[0])
-    if not b.first_totals.size or newest < 10.0**IN_TIME * float(b.first_totals.min()):  # NaN goes on
+    if not b.first_totals.size or newest < 10.0**STEADY * float(b.first_totals.min()):  # NaN goes on
         return None
     total = history.recent("total_norm", 64).astype(float)
     loss = history.recent("loss", 64).astype(float)
@@ -352,28 +367,25 @@ def _in_time(history: History) -> Finding | None:
     at_once = ONE_STEP if end < 3 else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         norms, losses = np.log10(total), np.log10(np.abs(loss))
-    lowest = max(1, min(5, end // 2))
+    steady = end > EACH and bool((np.diff(norms[-EACH - 1 :]) > 0).all() and (np.diff(losses[-EACH - 1 :]) > 0).all())
+    lowest = max(1, min(3 if steady else 5, end // 2))
     base = float(np.nanmedian(norms[:lowest]))
     grown = float(norms[-1]) - base
-    need = IN_TIME if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
+    usual = STEADY if steady else IN_TIME
+    need = usual if np.isfinite(losses[-min(end, WINDOW) :]).all() else UNKNOWN_LOSS
     if not grown >= max(need + (1.0 if died else 0.0), at_once):
         return None
-    weights = b.weight_norm.astype(float)
-    if float(total[-1]) < BESIDE_WEIGHTS * float(np.sqrt(np.nansum(np.square(weights)))):
+    if float(total[-1]) < BESIDE_WEIGHTS * _least_weights(history):
         return None
     with np.errstate(invalid="ignore"):
         rising = np.diff(norms[-last:]) > 0
     if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
         return None
-    if need == IN_TIME:
+    if need == usual:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
-        if more < max(IN_TIME, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
+        if more < max(usual, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
-    # It began behind the last norm that was still of the first ones' size.
-    usual = np.flatnonzero(norms <= max(base, float(np.nanmax(norms[: min(WINDOW, end // 2)]))) + max(0.3, min(1.0, 0.05 * grown)))
-    start = int(usual[-1]) + 1 if usual.size and usual[-1] + 1 < end else 0
-    if start and (np.diff(norms[: start + 1]) > 0).mean() >= 0.8 and _as_fast(norms, start):
-        start = 0
+    start = _bend(norms)
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
@@ -384,10 +396,32 @@ def _in_time(history: History) -> Finding | None:
     )
 
 
-def _as_fast(norms: NDArray[np.float64], start: int) -> bool:
-    """Whether it grew before already, at a quarter of the pace or more."""
-    before, after = (norms[start] - norms[0]) / start, (norms[-1] - norms[start]) / max(1, len(norms) - 1 - start)
-    return bool(before >= 0.25 * after)
+def _least_weights(history: History) -> float:
+    """The norm of all weights, as last looked at or as first, of the records that are kept: where weights explode, too, the gradient
+    need not be large beside them."""
+    looks = np.vstack((history.recent("weight_norm", 64), history.baselines.weight_norm)).astype(float)
+    looks = looks[np.isfinite(looks).any(axis=1)]
+    with np.errstate(over="ignore"):
+        norms = np.sqrt(np.nansum(np.square(looks), axis=1))
+    return float(norms.min()) if norms.size else 0.0
+
+
+def _bend(norms: NDArray[np.float64]) -> int:
+    """The record with which the growth begins: where two straight lines fit the logarithms best. 0 where the first line rises, too,
+    at a quarter of the pace of the second."""
+    known = np.flatnonzero(np.isfinite(norms))
+    values = norms[known]
+    n = len(values)
+    if n < 6:
+        return 0
+    at, best, error = 0, (0.0, 1.0), np.inf
+    for k in range(2, n - 1):
+        lines = [np.polynomial.polynomial.polyfit(np.arange(len(part)), part, 1) for part in (values[:k], values[k - 1 :])]
+        wrong = [part - (c[0] + c[1] * np.arange(len(part))) for part, c in zip((values[:k], values[k - 1 :]), lines, strict=True)]
+        total = float(sum(np.square(w).sum() for w in wrong))
+        if total < error:
+            at, best, error = k, (float(lines[0][1]), float(lines[1][1])), total
+    return int(known[at]) if best[0] < 0.25 * best[1] else 0
 
 
 def _of_the_same_owners(history: History) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
-from gradwatch.diagnose.rules.loss import guess_of
+from gradwatch.diagnose.rules.loss import BINARY, guess_of
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
@@ -28,8 +28,9 @@ OVERSHOOTS = 0.03
 """Update ratio that goes with it. Targets that move (a bootstrapped value, a curriculum, a market) raise a loss by four decades in health,
 by steps of 1e-2 and less (measured); a learning rate that is too high changes several per cent at a time."""
 
-RUNAWAY = 1e4
-"""Times the first losses from which no such step is needed, where each of the last losses is above the one before: ascent."""
+RUNAWAY = 30.0
+"""Times the last `RECENT` losses grow, each above the one before, from which no such step is needed: ascent. What grows like a power of the
+number of updates, as a curriculum may, does so in its first ten at most, when there is nothing to compare with."""
 
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
@@ -71,8 +72,6 @@ BALANCED = 0.5
 """Loss of a guess from which a binary cross-entropy is one of two classes about as frequent as each other. Of rarer ones the first batches do
 not tell what a guess costs."""
 
-_BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
-
 SMOOTH = 5
 """Losses whose median says where the loss was."""
 
@@ -87,7 +86,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
 
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
-    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights; or `RUNAWAY * L0`, each above the one before.
+    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights; or the last does, and they grow `RUNAWAY` times, each above the one
+    before.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -106,10 +106,10 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
     above = recent > high
-    if not start > 0 or int(above.sum()) < LASTING or not above[-1] or not _is_comparable(history):
+    if not start > 0 or not above[-1] or not _is_comparable(history):
         return
-    rises = bool((recent[1:] > recent[:-1]).all())
-    if not classes and not _overshoots(history) and not (float(recent[-1]) > RUNAWAY * start and rises):
+    runs_away = bool((recent[1:] > recent[:-1]).all()) and float(recent[-1]) > RUNAWAY * float(recent[0])
+    if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away:
         return
     now = float(np.nanmedian(recent))
     yield Finding(
@@ -190,7 +190,7 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         ...         step(F.cross_entropy(model(x), torch.randint(10, (64,))))
     """
     meta, b = history.meta, history.baselines
-    classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (meta.criterion in _BINARY and meta.guess >= BALANCED)
+    classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (meta.criterion in BINARY and meta.guess >= BALANCED)
     if history.recorded < FLAT_UPDATES or not (classes or meta.broadcast):
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)

@@ -11,7 +11,8 @@ from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
-from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress, recovers_soon
+from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
+from gradwatch.diagnose.rules.loss import BINARY, IMPROVED, Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.facts import ParameterFact
 from gradwatch.history import History
@@ -109,7 +110,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
-    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C, the median of the last ten is `STILL_FAR` times it
+    first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for a binary one),
+    the median of the last ten is `STILL_FAR` times it
     (or all of them were lost) and, where the first was less than `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose
     gain is `LARGE_GAIN` or more explain it.
 
@@ -136,8 +138,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
     output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
-    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the inputs were a
-    `LARGE`th of that before. Names the root.
+    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or activations have been
+    saturated or dead since the first updates; or the inputs were a `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
     the same.
@@ -147,7 +149,7 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         >>> with GradWatch(mlp):
         ...     train(mlp, images, labels)
     """
-    if not len(history) or history.recorded < (WINDOW if history.ended else PATIENCE):
+    if not len(history) or history.recorded < WINDOW:
         return
     mean, std = history.recent("input_mean", WINDOW), history.recent("input_std", WINDOW)
     looked = np.isfinite(mean) & np.isfinite(std)
@@ -158,7 +160,12 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         return
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
-    if not jumped and (has_learnt(history) or recovers_soon(history, SOON) or not _stands(history)):
+    early = history.recorded < PATIENCE and not history.ended
+    if (
+        not jumped
+        and (early or has_learnt(history) or recovers_soon(history, SOON) or not _stands(history))
+        and not _blocks(history)
+    ):
         return
     reader = _reader(history, size)
     if reader is None:
@@ -175,12 +182,21 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     )
 
 
+def _blocks(history: History) -> bool:
+    """Some activation has passed nothing since the first updates."""
+    return any(f.step < WINDOW // 2 for rule in (saturated_activation, dead_units) for f in rule(history))
+
+
 def _stands(history: History) -> bool:
-    """The loss has been lost, does not improve, or is still far worse than that of a guess."""
-    recent = history.baselines.losses[-WINDOW // 2 :]
-    recent = recent[np.isfinite(recent)]
+    """The loss has been lost, does not improve, or not any more, or is still far worse than that of a guess."""
+    losses = history.baselines.losses[-WINDOW:]
+    before, recent = (part[np.isfinite(part)] for part in (losses[: -WINDOW // 2], losses[-WINDOW // 2 :]))
     guess = guess_of(history)
-    return not recent.size or progress(history) is Progress.STUCK or (guess > 0 and median(recent) >= WORSE * guess)
+    if not recent.size or progress(history) is Progress.STUCK:
+        return True
+    return guess > 0 and (
+        median(recent) >= WORSE * guess or (before.size > 0 and median(recent) >= IMPROVED * max(guess, median(before)))
+    )
 
 
 def _and_the_loss(history: History) -> str:
@@ -248,9 +264,11 @@ def _symmetric(history: History) -> Finding | None:
 
 def _far_from_a_guess(history: History) -> Finding | None:
     meta, b = history.meta, history.baselines
-    if meta.criterion != "cross_entropy" or not meta.guess > 0 or not b.first_losses.size:
+    if meta.criterion not in ("cross_entropy", *BINARY) or not meta.guess > 0 or not b.first_losses.size:
         return None
     guess = guess_of(history) or meta.guess  # every loss may have been lost
+    if meta.criterion in BINARY:  # of rare classes a network cannot know how rare they are
+        guess *= max(1.0, float(np.log(2.0)) / meta.guess)
     first = float(b.first_losses[0])
     if not first >= FAR_FROM_A_GUESS * guess:
         return None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median
 from gradwatch.diagnose.naming import layers_of, named
-from gradwatch.diagnose.rules.loss import Progress, has_learnt, progress
+from gradwatch.diagnose.rules.loss import IMPROVED, Progress, guess_of, has_learnt, progress
 from gradwatch.diagnose.rules.rule import patient, persistent, sampled
 from gradwatch.history import History
 from gradwatch.records import Finding, GradState, Severity
@@ -31,15 +31,21 @@ of weights of 0.01 to 0.1; least squares under SGD peak at 0.6 (design), from ti
 SUSTAINED = 0.3
 """Median update ratio of the last looks. Healthy AdamW runs begin near 0.1 and stay above 0.03 for tens of updates (design)."""
 
-NEGLIGIBLE = 1e-6
-"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 0.1 %.
-The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02 has 5e-5."""
+NEGLIGIBLE = 1e-5
+"""Median update ratio, from the start, with which nothing is learnt: after 1,000 updates in one direction a weight has changed by 1 %.
+The customary ratio is 1e-3 (Karpathy, lecture notes of CS231n); AdamW at 1e-6 on weights of 0.02, to fine-tune, has 5e-5."""
+
+NEGLIGIBLE_TRAINED = 1e-6
+"""The same where the loss is known to lie below that of a guess: what has been trained before is changed with care."""
 
 STARVED = 3.0
 """Decades that a gradient lies below its own first ones from which that it no longer moves anything is no news: it has converged, or
 vanished, and that is told elsewhere."""
 
-MOVES = 1e-5
+PEAK = 10.0
+"""Times that which no single look may reach: one step that matters is not next to nothing."""
+
+MOVES = 1e-4
 """Update ratio of any single matrix, those that began at zero included, from which the optimizer does change something."""
 
 FAINT = 1e-4
@@ -51,6 +57,16 @@ GROWS = 1.5
 
 PATIENCE = 14
 """Updates before that is judged: Adam's first step on tiny weights replaces them, and the next ones learn."""
+
+JUMP = 10.0
+"""Times the median of the looks before from which a ratio of `SUSTAINED` is a jump: a learning rate that is raised too far. What it did
+shows in the loss at once."""
+
+WORSE = 1.5
+"""Times the losses before that of the `AFTER` since such a jump: a restart of the learning rate comes back to what a run learns with, and
+raises a loss for a few updates by less."""
+
+AFTER = 5
 
 HARM = 3.0
 """Times the losses before that of those since such a step, from which it did harm."""
@@ -125,8 +141,9 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
 
     With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
     sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses
-    are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Matrices
-    that began at zero are left out.
+    are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Or
+    `r >= SUSTAINED` in one look, `JUMP` times the median of the `LOOKS` looks before it, and the first `AFTER` losses since, and most of
+    the last, are `WORSE` than those before. Matrices that began at zero are left out.
 
     Ignored: vectors; single matrices, which may be small (a bottleneck, a LayerScale); runs that learn all the same.
 
@@ -148,11 +165,14 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         recent = ratios[-LOOKS:]
         usual = median(recent) if len(recent) == LOOKS else 0.0
         at_once = float(ratios.max())
-        if not (at_once >= AT_ONCE or usual >= SUSTAINED):
+        jump = _jump(history, ratios, steps)
+        if jump is not None:
+            ratios, steps, at_once = ratios[jump:], steps[jump:], float(ratios[jump:].max())
+        elif not (at_once >= AT_ONCE or usual >= SUSTAINED):
             continue
-        since = _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
+        since = 0 if jump is not None else _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
         step = int(steps[since])
-        if learnt and not _did_harm(history, step):
+        if jump is None and learnt and not _did_harm(history, step):
             continue
         yield Finding(
             "update_ratio_too_large",
@@ -169,8 +189,8 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
 def update_ratio_too_small(history: History) -> Iterator[Finding]:
     """Steps have changed next to nothing since the start, and the loss has not improved.
 
-    With `r` as in `update_ratio_too_large`: the largest of all kept looks, `LOOKS` at least, is below `NEGLIGIBLE`, and no single
-    matrix of the optimizer has a ratio of `MOVES`.
+    With `r` as in `update_ratio_too_large`: the median of the first `LOOKS` kept looks and that of the last are below `NEGLIGIBLE`
+    (`NEGLIGIBLE_TRAINED` where the loss is better than a guess), and no single matrix of the optimizer has a ratio of `MOVES`.
 
     Ignored: a learning rate, or a ratio, that still rises (warm-up, an optimizer that finds its step); a loss that improves or is low;
     weights of which not a bit changes (`frozen_weights`); a loss that is not known.
@@ -183,15 +203,18 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
     b = history.baselines
     if not len(history) or history.recorded < LOOKS or progress(history) is not Progress.STUCK:
         return
+    limit = NEGLIGIBLE_TRAINED if _beats_a_guess(history) else NEGLIGIBLE
     with np.errstate(invalid="ignore"):
-        if not (b.update_ratio < NEGLIGIBLE).any():
+        if not (b.update_ratio < limit).any():
             return
     for columns in _matrices_by_owner(history):
         # Of all kept records only once the last look is small: most do not come this far.
-        if not _together(b.update_ratio[columns], b.weight_norm[columns]) < NEGLIGIBLE:
+        if not _together(b.update_ratio[columns], b.weight_norm[columns]) < limit:
             continue
         ratios, steps = _ratios(history, columns, None)
-        if len(ratios) < LOOKS or not 0.0 < float(ratios.max()) < NEGLIGIBLE or _rises(history, columns):
+        if len(ratios) < LOOKS or not ratios.any() or _rises(history, columns):
+            continue
+        if not max(median(ratios[:LOOKS]), median(ratios[-LOOKS:]), float(ratios.max()) / PEAK) < limit:
             continue
         if median(ratios[-LOOKS // 2 :]) > GROWS * median(ratios[: LOOKS // 2]):
             continue
@@ -209,6 +232,13 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
             message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
             evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
         )
+
+
+def _beats_a_guess(history: History) -> bool:
+    """Whether the last losses are known to lie below that of the best constant output."""
+    losses, guess = history.baselines.losses[-WINDOW:], guess_of(history)
+    losses = losses[np.isfinite(losses)]
+    return bool(guess > 0 and losses.size and median(losses) < IMPROVED * guess)
 
 
 def _gradient_ratio(history: History, columns: NDArray[np.int64]) -> float:
@@ -276,6 +306,22 @@ def _since_large(ratios: NDArray[np.float64]) -> int:
     first = len(large) - LOOKS + int(np.argmax(large[-LOOKS:]))
     before = np.flatnonzero(~large[:first])
     return int(before[-1]) + 1 if before.size else 0
+
+
+def _jump(history: History, ratios: NDArray[np.float64], steps: NDArray[np.int64]) -> int | None:
+    """The look at which steps became so much larger that every loss since is worse than those before; None where there is none."""
+    for i in np.flatnonzero(ratios >= SUSTAINED):
+        if i < LOOKS or ratios[i] < JUMP * median(ratios[i - LOOKS : i]):
+            continue
+        losses = history.between("loss", int(steps[i]) - LOOKS, history.recorded).astype(float)
+        since = history.recorded - int(steps[i]) - 1
+        before, after = losses[: len(losses) - since], losses[len(losses) - since :]
+        before = before[np.isfinite(before)]
+        if len(before) < WINDOW // 2 or len(after) < AFTER or not median(before) > 0:
+            return None
+        worse = ~(after < WORSE * median(before))  # a loss that is lost is worse
+        return int(i) if bool(worse[:AFTER].all()) and 2 * int(worse[-AFTER:].sum()) > AFTER else None
+    return None
 
 
 def _did_harm(history: History, step: int) -> bool:
