@@ -150,8 +150,7 @@ class Incidents:
                 return incident
             if alert.rule == finding.rule:
                 continue
-            # A step shows in the next record.
-            began = incident.earliest - finding.rule.startswith("update_ratio")
+            began = _began(alert.rule, incident.earliest, alert.evidence, finding.rule)
             if RANK[alert.rule] < rank and began <= finding.step and touches(alert, finding, history):
                 return incident
             if dies_of_it(alert, finding, history):
@@ -197,7 +196,7 @@ class Incidents:
             for i, other in enumerate(self._incidents)
             if (rank < RANK.get(other.alert.rule, -1) or dies_of_it(cause, other.alert, history))
             and other.alert.rule not in _EVENTS
-            and incident.earliest - 1 <= other.alert.step
+            and _began(cause.rule, incident.earliest - 1, cause.evidence, other.alert.rule) <= other.alert.step
             and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
@@ -257,7 +256,8 @@ class Incidents:
         parameters = merged(history.meta, finding.parameters, alert.parameters)
         if parameters == alert.parameters and set(finding.layers) <= set(alert.layers):
             return {}
-        layers = layers_of(history.meta, parameters) if parameters else tuple(dict.fromkeys(finding.layers + alert.layers))
+        both = alert.layers + finding.layers if "growing" in alert.evidence else finding.layers + alert.layers  # who grew first
+        layers = layers_of(history.meta, parameters) if parameters else tuple(dict.fromkeys(both))
         return {"parameters": parameters, "layers": layers}
 
     def _end(self, history: History) -> list[Alert]:
@@ -267,6 +267,14 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
+
+
+def _began(rule: str, step: int, evidence: Mapping[str, float], consequence: str) -> int:
+    """The first step at which a consequence of what began at `step` may begin. An update shows in the next record: its size is a
+    consequence of what was there before, and growth in time one of its size."""
+    if not consequence.startswith("update_ratio"):
+        return step
+    return step + 1 if rule == "exploding_gradient" and "growing" in evidence else step - 1
 
 
 def _is_its_loss(cause: Alert, consequence: Alert) -> bool:

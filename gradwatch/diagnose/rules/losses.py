@@ -86,8 +86,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
 
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
-    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights; or the last does, and they grow `RUNAWAY` times, each above the one
-    before.
+    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last does, each (but one) is above the one before, and they
+    grow `RUNAWAY` times (of a cross-entropy by how much does not matter).
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -108,7 +108,9 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     above = recent > high
     if not start > 0 or not above[-1] or not _is_comparable(history):
         return
-    runs_away = bool((recent[1:] > recent[:-1]).all()) and float(recent[-1]) > RUNAWAY * float(recent[0])
+    # One batch of them may be an easy one.
+    rises = int((recent[1:] > recent[:-1]).sum()) >= len(recent) - 2
+    runs_away = rises and (classes or float(recent[-1]) > RUNAWAY * float(recent[0]))
     if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away:
         return
     now = float(np.nanmedian(recent))
