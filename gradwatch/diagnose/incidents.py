@@ -150,8 +150,7 @@ class Incidents:
                 return incident
             if alert.rule == finding.rule:
                 continue
-            began = _began(alert.rule, incident.earliest, alert.evidence, finding.rule)
-            if RANK[alert.rule] < rank and began <= finding.step and touches(alert, finding, history):
+            if RANK[alert.rule] < rank and _began(incident, finding.rule) <= finding.step and touches(alert, finding, history):
                 return incident
             if dies_of_it(alert, finding, history):
                 return incident
@@ -191,17 +190,18 @@ class Incidents:
         """Add an incident that opens; where consequences that began with it were told before, it takes the place of the first of them."""
         cause = incident.alert
         rank = RANK.get(cause.rule, len(RANK))
+        dies = [dies_of_it(cause, other.alert, history) for other in self._incidents]
         taken = [
             i
             for i, other in enumerate(self._incidents)
-            if (rank < RANK.get(other.alert.rule, -1) or dies_of_it(cause, other.alert, history))
+            if (rank < RANK.get(other.alert.rule, -1) or dies[i])
             and other.alert.rule not in _EVENTS
-            and _began(cause.rule, incident.earliest - 1, cause.evidence, other.alert.rule) <= other.alert.step
-            and (other.alert.step <= cause.step + 1 or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
+            and incident.earliest - (not (_grows(incident) and other.alert.rule.startswith("update_ratio"))) <= other.alert.step
+            and (other.alert.step <= cause.step + 1 or dies[i] or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
             and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
-            and (touches(cause, other.alert, history) or dies_of_it(cause, other.alert, history))
+            and (dies[i] or touches(cause, other.alert, history))
         ]
         if not taken:
             self._incidents.append(incident)
@@ -269,12 +269,14 @@ class Incidents:
         return ended
 
 
-def _began(rule: str, step: int, evidence: Mapping[str, float], consequence: str) -> int:
-    """The first step at which a consequence of what began at `step` may begin. An update shows in the next record: its size is a
-    consequence of what was there before, and growth in time one of its size."""
-    if not consequence.startswith("update_ratio"):
-        return step
-    return step + 1 if rule == "exploding_gradient" and "growing" in evidence else step - 1
+def _began(incident: _Incident, consequence: str) -> int:
+    """The first step at which a consequence of it may begin. A step shows in the next record; but where all grows in time, large steps
+    before that are no consequence."""
+    return incident.earliest - (consequence.startswith("update_ratio") and not _grows(incident))
+
+
+def _grows(incident: _Incident) -> bool:
+    return "growing" in incident.alert.evidence
 
 
 def _is_its_loss(cause: Alert, consequence: Alert) -> bool:

@@ -190,7 +190,7 @@ def test_a_plateau_that_was_told_first_stays() -> None:
     [
         pytest.param("update_ratio_too_large", 5, True, id="at the same step"),
         pytest.param("update_ratio_too_large", 4, True, id="a step before, for it shows in the next record"),
-        pytest.param("update_ratio_too_large", 3, False, id="two steps before"),
+        pytest.param("update_ratio_too_small", 3, False, id="two steps before"),
         pytest.param("update_ratio_too_small", 4, True, id="too small as well"),
         pytest.param("zero_gradient", 5, True, id="another rule at the same step"),
         pytest.param("zero_gradient", 4, False, id="another rule a step before"),
@@ -301,7 +301,13 @@ def test_what_was_last_seen_long_ago_is_another_matter(told: int, persistence: i
         pytest.param("update_ratio_too_large", finding("vanishing_gradient", step=2, layers=("1",)), True, id="vanishing"),
         pytest.param("update_ratio_too_large", finding("zero_gradient", step=4, layers=("1",)), True, id="zero"),
         pytest.param("update_ratio_too_large", finding("vanishing_gradient", step=0, layers=("1",)), False, id="before it"),
-        pytest.param("update_ratio_too_large", finding("exploding_gradient", step=4, layers=("1",)), False, id="exploding"),
+        pytest.param("update_ratio_too_large", finding("exploding_gradient", step=4, layers=("1",)), True, id="exploding"),
+        pytest.param(
+            "update_ratio_too_large",
+            finding("exploding_gradient", step=4, layers=("1",), evidence={"growing": 1.0}),
+            False,
+            id="growing in time",
+        ),
         pytest.param("update_ratio_too_large", finding("dead_units", step=4, layers=("1",)), False, id="dead"),
         pytest.param("update_ratio_too_small", finding("vanishing_gradient", step=4, layers=("1",)), False, id="too small"),
         pytest.param("frozen_weights", finding("zero_gradient", step=4, layers=("1",)), False, id="frozen"),

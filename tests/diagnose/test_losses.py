@@ -155,8 +155,12 @@ def test_steps_that_overshoot_go_with_it(meta: Meta, ratio: Any, told: bool) -> 
     ("values", "told"),
     [
         pytest.param([1e3 * 3.0**i for i in range(8)], True, id="rises each time, ten-thousandfold"),
-        pytest.param([100.0 * 1.8**i for i in range(8)], False, id="not so far"),
-        pytest.param([*(1e3 * 3.0**i for i in range(6)), 1e5, 1e7], False, id="one step back"),
+        pytest.param([1.63**i for i in range(14)], True, id="thirtyfold"),
+        pytest.param([1.62**i for i in range(14)], False, id="not so far"),
+        pytest.param([*(1e3 * 3.0**i for i in range(6)), 1e5, 1e7], True, id="one step back"),
+        pytest.param([*(1e3 * 3.0**i for i in range(4)), 1e3, 1e4, 1e3, 1e7], False, id="two steps back"),
+        pytest.param([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 20.0, 30.0], False, id="two that are far off"),
+        pytest.param([0.1, 0.2, 0.3, 0.4, 0.5, 20.0, 30.0, 40.0], True, id="three"),
     ],
 )
 def test_a_runaway_needs_no_large_steps(values: list[float], told: bool) -> None:

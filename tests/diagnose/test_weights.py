@@ -432,8 +432,8 @@ def test_runs_that_learn_all_the_same_are_left_alone(loss: float, guess: float, 
 def test_a_step_that_did_harm_is_told_though_the_run_has_learnt(after: float, told: bool) -> None:
     run = Run(chain(4), [update_ratio_too_large])
     run.records(10)
-    run.records(15, loss=0.1)
-    run.record(loss=after, update_ratio=3.0)
+    run.records(15, loss=0.1, update_ratio=0.25)  # so large that what comes is no jump
+    run.record(loss=after, update_ratio=2.4)
     run.records(8, loss=after)
     assert run.rules() == (["update_ratio_too_large"] if told else [])
     if told:
@@ -447,8 +447,8 @@ def test_of_harm_is_spoken_where_five_losses_went_before(before: list[float], to
     run = Run(chain(4), [update_ratio_too_large])
     run.records(10, loss=1e3)
     for loss in [*[np.nan] * 10, *before]:
-        run.record(loss=loss)
-    run.records(10, loss=50.0, update_ratio=3.0)
+        run.record(loss=loss, update_ratio=0.25)
+    run.records(10, loss=50.0, update_ratio=2.4)
     assert run.rules() == (["update_ratio_too_large"] if told else [])
 
 
@@ -578,10 +578,11 @@ def test_a_block_that_ends_early_has_10_updates_of_small_steps_judged(records: i
 @pytest.mark.parametrize(
     ("ratios", "told"),
     [
-        pytest.param([0.99e-6] * 12, True, id="negligible"),
-        pytest.param([1.01e-6] * 12, False, id="small"),
-        pytest.param([1e-9] * 5 + [2e-6] + [1e-9] * 20, False, id="one look that is larger"),
-        pytest.param([2e-6] + [1e-9] * 150, False, id="one look, long ago"),
+        pytest.param([0.99e-5] * 12, True, id="negligible"),
+        pytest.param([1.01e-5] * 12, False, id="small"),
+        pytest.param([1e-9] * 5 + [2e-4] + [1e-9] * 20, False, id="one look that is larger"),
+        pytest.param([0.9e-4] + [1e-9] * 20, True, id="one look that is a little larger"),
+        pytest.param([2e-4] + [1e-9] * 150, False, id="one look, long ago"),
         pytest.param([1e-3] * 100 + [1e-9] * 200, False, id="after a training"),
         pytest.param([np.nan] * 5 + [1e-9] * 9, False, id="nine looks"),
         pytest.param([np.nan] * 5 + [1e-9] * 10, True, id="ten looks"),
@@ -597,7 +598,7 @@ def test_how_small_and_for_how_long(ratios: list[float], told: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "told"), [pytest.param(0.99e-5, True, id="it does not"), pytest.param(1.01e-5, False, id="it does")]
+    ("ratio", "told"), [pytest.param(0.99e-4, True, id="it does not"), pytest.param(1.01e-4, False, id="it does")]
 )
 @pytest.mark.parametrize("name", ["1.weight", "blank"])
 def test_a_single_matrix_that_moves_shows_that_the_optimizer_does(name: str, ratio: float, told: bool) -> None:
@@ -606,6 +607,40 @@ def test_a_single_matrix_that_moves_shows_that_the_optimizer_does(name: str, rat
     weights = of(meta, name, value=1e-3, others=5.0)
     run.records(12, update_ratio=of(meta, name, value=ratio, others=1e-9), weight_norm=weights)
     assert run.rules() == (["update_ratio_too_small"] if told else [])
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.99e-6, True), (1.01e-6, False)])
+def test_what_is_better_than_a_guess_is_changed_with_care(ratio: float, told: bool) -> None:
+    run = Run(replace(chain(4), criterion="cross_entropy", guess=1.2), [update_ratio_too_small])
+    run.records(12, update_ratio=ratio, loss=1.0)
+    assert run.rules() == (["update_ratio_too_small"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("before", "ratio", "after", "told"),
+    [
+        pytest.param([0.03] * 10, 0.31, [1.6] * 5, True, id="a jump"),
+        pytest.param([0.03] * 10, 0.29, [1.6] * 5, False, id="not so far"),
+        pytest.param([0.032] * 10, 0.31, [1.6] * 5, False, id="not so much larger"),
+        pytest.param([0.03] * 9, 0.31, [1.6] * 5, False, id="at the beginning"),
+        pytest.param([0.03] * 10, 0.31, [1.6] * 4, False, id="not known yet"),
+        pytest.param([0.03] * 10, 0.31, [1.4] + [1.6] * 9, False, id="no harm at first"),
+        pytest.param([0.03] * 10, 0.31, [1.6] * 5 + [1.4] * 5, True, id="told, though it recovers"),
+        pytest.param([0.03] * 10, 0.31, [np.nan] * 5, True, id="a loss that is lost"),
+    ],
+)
+def test_steps_that_become_large_in_mid_training(before: list[float], ratio: float, after: list[float], told: bool) -> None:
+    run = Run(chain(4), [update_ratio_too_large])
+    for each in before:
+        run.record(update_ratio=each, loss=1.0)
+    run.record(update_ratio=ratio, loss=1.0)
+    for loss in after:
+        run.record(update_ratio=0.03, loss=loss)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+    if told:
+        alert = run.only("update_ratio_too_large")
+        assert (alert.step, run.sent[0][0]) == (len(before), len(before) + 6)
+        assert alert.evidence["update_ratio"] == pytest.approx(ratio)
 
 
 def test_vectors_that_move_show_nothing() -> None:

@@ -167,8 +167,9 @@ def _starved(history: History, deltas: Deltas) -> bool:
     """Whether even the largest gradient lies `STARVED` decades below the largest of the first ones: what is left has no shape."""
     b, columns = history.baselines, deltas.modules.columns
     first = np.fmax.reduce(b.first[:, columns], axis=None, initial=ZERO)
-    last = median(np.fmax.reduce(b.last[:, columns], axis=1, initial=ZERO))
-    return bool(last < first - STARVED * DECADE)
+    last = np.fmax.reduce(b.last[:, columns], axis=1)
+    last = last[np.isfinite(last)]
+    return bool(last.size and median(last) < first - STARVED * DECADE)
 
 
 def _may_grow(history: History, layout: Layout, now: NDArray[np.float32]) -> bool:
@@ -368,9 +369,10 @@ def _in_time(history: History) -> Finding | None:
     at_once = ONE_STEP if end < 3 else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         norms, losses = np.log10(total), np.log10(np.abs(loss))
-    steady = end > EACH and all(
-        bool((np.diff(logs[-EACH - 1 :]) > 0).all()) and float(logs[-1] - logs[-EACH - 1]) >= STEADY for logs in (norms, losses)
-    )
+    with np.errstate(invalid="ignore"):
+        steady = end > EACH and all(
+            bool((np.diff(logs[-EACH - 1 :]) > 0).all()) and float(logs[-1] - logs[-EACH - 1]) >= STEADY for logs in (norms, losses)
+        )
     lowest = max(1, min(3 if steady else 5, end // 2))
     base = float(np.nanmedian(norms[:lowest]))
     grown = float(norms[-1]) - base
@@ -424,7 +426,11 @@ def _bend(norms: NDArray[np.float64]) -> int:
         total = float(sum(np.square(w).sum() for w in wrong))
         if total < error:
             at, best, error = k, (float(lines[0][1]), float(lines[1][1])), total
-    return int(known[at]) if best[0] < 0.25 * best[1] else 0
+    if best[0] >= 0.25 * best[1]:
+        return 0
+    before = float(values[:at].max())
+    above = np.flatnonzero(values[at:] > before)
+    return int(known[at + above[0]]) if above.size else int(known[at])
 
 
 def _of_the_same_owners(history: History) -> NDArray[np.bool_]:

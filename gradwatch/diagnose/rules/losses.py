@@ -32,6 +32,9 @@ RUNAWAY = 30.0
 """Times the last `RECENT` losses grow, each above the one before, from which no such step is needed: ascent. What grows like a power of the
 number of updates, as a curriculum may, does so in its first ten at most, when there is nothing to compare with."""
 
+RISEN = 3
+"""How many of the last have to be so large then: one batch may be far off."""
+
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
 
@@ -86,7 +89,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
 
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
-    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last does, each (but one) is above the one before, and they
+    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and they
     grow `RUNAWAY` times (of a cross-entropy by how much does not matter).
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
@@ -110,7 +113,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
         return
     # One batch of them may be an easy one.
     rises = int((recent[1:] > recent[:-1]).sum()) >= len(recent) - 2
-    runs_away = rises and (classes or float(recent[-1]) > RUNAWAY * float(recent[0]))
+    runs_away = rises and bool(above[-RISEN:].all()) and (classes or float(recent[-1]) > RUNAWAY * float(recent[0]))
     if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away:
         return
     now = float(np.nanmedian(recent))
