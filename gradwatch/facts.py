@@ -95,7 +95,8 @@ class Meta:
         outside_in_model: those of them that were found in the attributes of a watched module (a layer in a plain list), by path.
         opaque: the graph holds nodes that hide what is below them (reentrant checkpoint, compiled region, custom function).
         unreached: trainable parameters that no path of any graph walked so far reaches; () where a graph was opaque.
-        squashed: "softmax" or "sigmoid" where the loss takes for logits what is that of something already; "" where it does not.
+        squashed: "softmax" or "sigmoid" where the loss takes for logits what is that of something already ("softmax of sigmoid": what
+            is the other); "" where it does not.
         squashed_by: the innermost module in which that runs; "" where it runs outside all modules, or in the root.
         squashed_since: the record at which that was found; 0: in the first graph.
         criterion: name in `torch.nn.functional` of the loss of the first backward passes, where it was a mean and nothing was added to it.

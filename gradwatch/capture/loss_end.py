@@ -50,8 +50,8 @@ _SAME_VALUES = (
 )
 """Names of nodes (without "Backward0") that leave probabilities what they are: put elsewhere, cut out, joined, kept off 0 and 1."""
 
-_PAIRS = {"LogSoftmaxBackward0": "SoftmaxBackward0", "BinaryCrossEntropyWithLogitsBackward0": "SigmoidBackward0"}
-_WORDS = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
+_OUTER = {"LogSoftmaxBackward0": "softmax", "BinaryCrossEntropyWithLogitsBackward0": "sigmoid"}
+_INNER = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
 
 
 _NAMES = {
@@ -94,7 +94,7 @@ class Squashed:
     """Probabilities that the criterion takes for logits.
 
     Attributes:
-        function: "softmax" or "sigmoid".
+        function: "softmax" or "sigmoid": what both do; or "softmax of sigmoid", "sigmoid of softmax".
         numbers: sequence numbers of its node and of those between it and the criterion.
     """
 
@@ -103,7 +103,7 @@ class Squashed:
 
 
 def squashed(roots: Iterable[Any], limit: int = MAX_NODES) -> Squashed | None:
-    """A softmax whose output, its values unchanged, goes into a log-softmax; or a sigmoid before a loss that takes logits.
+    """A softmax or sigmoid whose output, its values unchanged but for a constant, goes into a log-softmax or a loss that takes logits.
 
     A log-softmax of logarithms of probabilities changes nothing, and is none.
     """
@@ -111,11 +111,12 @@ def squashed(roots: Iterable[Any], limit: int = MAX_NODES) -> Squashed | None:
     seen: set[Any] = set(todo)
     while todo and len(seen) < limit:
         node = todo.popleft()  # what is next to the loss comes first, whatever else is added to it
-        inner = _PAIRS.get(type(node).__name__)
-        if inner is not None:
-            path = _down_to(node, inner)
-            if path is not None:
-                return Squashed(_WORDS[inner], frozenset(private.sequence_number(each) for each in path) - {-1})
+        outer = _OUTER.get(type(node).__name__)
+        found = _down_to(node) if outer is not None else None
+        if found is not None:
+            inner, path = found
+            function = inner if inner == outer else f"{outer} of {inner}"
+            return Squashed(function, frozenset(private.sequence_number(each) for each in path) - {-1})
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
@@ -262,21 +263,25 @@ def _through(node: Any, names: tuple[str, ...]) -> Any:
     return node
 
 
-def _down_to(node: Any, wanted: str) -> list[Any] | None:
-    """The nodes between one and those of a kind, if all ways down lead to such without a change of value."""
+def _down_to(node: Any) -> tuple[str, list[Any]] | None:
+    """What one of `_INNER` all ways down from a node lead to without a change of value, and the nodes on them; None where they do not."""
     below = [child for child, _ in node.next_functions[:1] if child is not None]  # what comes behind are targets and weights
     path = dict.fromkeys(below)
+    inner: set[str] = set()
     # One step of a recurrent network after another is stacked: 10,000 are more than anybody unrolls.
     while below and len(path) < 10_000:
         child = below.pop()
-        if type(child).__name__ == wanted:
+        if type(child).__name__ in _INNER:
+            inner.add(_INNER[type(child).__name__])
             continue
-        if _name(child) not in _SAME_VALUES:
+        onward = [each for each, _ in child.next_functions if each is not None]
+        # A constant added to all of them (1e-8, before a logarithm that the loss takes already) is none of the network's.
+        if _name(child) not in _SAME_VALUES and not (_name(child) in ("Add", "Sub") and len(onward) == 1):
             return None
-        new = dict.fromkeys(each for each, _ in child.next_functions if each is not None and each not in path)
+        new = dict.fromkeys(each for each in onward if each not in path)
         path.update(new)
         below += new
-    return list(path) if path and not below else None
+    return (inner.pop(), list(path)) if len(inner) == 1 and not below else None
 
 
 def _name(node: Any) -> str:

@@ -405,11 +405,11 @@ def _loss_stays(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _squashed(finding: Finding, history: History) -> tuple[str, str]:
-    function = history.meta.squashed or "softmax"
-    criterion = "cross_entropy" if function == "softmax" else "binary_cross_entropy_with_logits"
+    outer, _, inner = (history.meta.squashed or "softmax").partition(" of ")
+    criterion = "cross_entropy" if outer == "softmax" else "binary_cross_entropy_with_logits"
     return (
-        f"{criterion} takes logits and applies the {function} itself; of values between 0 and 1 it makes nearly equal probabilities.",
-        f"Leave out the {function}: give the loss the logits, and apply it where you predict.",
+        f"{criterion} takes logits and applies the {outer} itself; of values between 0 and 1 it makes nearly equal probabilities.",
+        f"Leave out the {inner or outer}: give the loss the logits, and apply it where you predict.",
     )
 
 

@@ -652,6 +652,10 @@ TWICE: dict[str, tuple[Callable[[], Tensor], str]] = {
         ),
         "sigmoid",
     ),
+    "sigmoid-for-classes": (lambda: two(scores(8, 5).sigmoid()), "softmax of sigmoid"),
+    "softmax-for-labels": (lambda: bce(scores(8, 5).softmax(-1)), "sigmoid of softmax"),
+    "kept-off-zero": (lambda: two(scores(8, 5).softmax(-1) + 1e-8), "softmax"),
+    "less-its-average": (lambda: two(scores(8, 5).softmax(-1) - torch.full((5,), 0.2)), "softmax"),
     "sigmoid-and-a-target-that-is-computed": (
         lambda: F.binary_cross_entropy_with_logits(scores(8).sigmoid(), scores(8, seed=4).tanh()),
         "sigmoid",
@@ -676,6 +680,9 @@ def attention(x: Tensor) -> Tensor:
 
 
 ONCE: dict[str, Callable[[], Tensor]] = {
+    "sum-of-two": lambda: two(scores(8, 5).softmax(-1) + scores(8, 5, seed=4).softmax(-1)),
+    "a-softmax-and-a-sigmoid": lambda: two(torch.cat([scores(4, 5).softmax(-1), scores(4, 5, seed=4).sigmoid()])),
+    "scaled-and-shifted": lambda: two(scores(8, 5).sigmoid() * 8 - 4),
     "logits": lambda: two(scores(8, 5)),
     "attention": lambda: two(attention(scores(8, 3, 5))),
     "temperature": lambda: two(scores(8, 5).softmax(-1) * 30.0),
@@ -694,13 +701,10 @@ ONCE: dict[str, Callable[[], Tensor]] = {
     "joined-to-a-leaf": lambda: two(torch.cat([scores(4, 5).softmax(-1), torch.zeros(4, 5, requires_grad=True)])),
     "sigmoid-gate": lambda: bce(scores(8) * scores(8, seed=4).sigmoid()),
     "sigmoid-then-bce": lambda: F.binary_cross_entropy(scores(8).sigmoid(), shares(8)),
-    "sigmoid-then-softmax": lambda: two(scores(8, 5).sigmoid()),
-    "softmax-before-bce": lambda: bce(scores(8, 5).softmax(-1)),
     "only-the-target-is-one": lambda: F.binary_cross_entropy_with_logits(values(8), scores(8).sigmoid()),
     "only-the-target-is-one-and-logits-are-too": lambda: F.binary_cross_entropy_with_logits(scores(8), scores(8, seed=4).sigmoid()),
     "a-leaf": lambda: two(torch.zeros(8, 5, requires_grad=True)),
     "softmax-elsewhere": lambda: two(scores(8, 5)) + scores(8, 5, seed=4).softmax(-1).square().sum(),
-    "rounded": lambda: two(scores(8, 5).softmax(-1) + 1e-8),
 }
 
 

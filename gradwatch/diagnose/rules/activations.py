@@ -124,11 +124,16 @@ def dead_units(history: History) -> Iterator[Finding]:
     if long_since.size:
         feeders = _Feeders(history)
         sick[[i for i in looks.layers[long_since].tolist() if _is_no_chance(float(dead[i]), feeders.units(i))]] = True
-    looks = looks.pick(sick[looks.layers] | looks.run(SILENT).lasts | looks.pass_nothing())
-    if not looks.layers.size:
+    lasts = sick[looks.layers] | looks.run(SILENT).lasts
+    at_once = looks.pass_nothing()
+    if not (lasts | at_once).any():
         return
     feeders, nothing = _Feeders(history), _nothing_arrives(history)
-    looks = looks.pick(np.array([nothing or feeders.is_hidden(int(i)) or not feeders.is_last(int(i)) for i in looks.layers], bool))
+    hidden = np.array([feeders.is_hidden(int(i)) for i in looks.layers], bool)
+    open_ = np.array([nothing or not feeders.is_last(int(i)) for i in looks.layers], bool)
+    looks = looks.pick((lasts & (hidden | open_)) | (at_once & hidden))
+    if not looks.layers.size:
+        return
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
         return

@@ -32,8 +32,8 @@ RUNAWAY = 30.0
 """Times the last `RECENT` losses grow, each above the one before, from which no such step is needed: ascent. What grows like a power of the
 number of updates, as a curriculum may, does so in its first ten at most, when there is nothing to compare with."""
 
-RISEN = 3
-"""How many of the last have to be so large then: one batch may be far off."""
+RISEN = 4
+"""How many of the last have to be so large then: targets that are mostly zero put three far off in a row (measured)."""
 
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""

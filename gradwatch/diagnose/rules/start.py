@@ -66,11 +66,11 @@ LAST = 3
 
 
 def double_softmax(history: History) -> Iterator[Finding]:
-    """What the loss takes for logits is the output of a softmax already; or of a sigmoid, for a loss with logits.
+    """What the loss takes for logits is the output of a softmax or a sigmoid already.
 
-    The autograd graph of the first backward shows it: below `LogSoftmaxBackward0` (`cross_entropy`, `log_softmax`) stands
-    `SoftmaxBackward0`, and between the two nothing but views, selections, concatenations and clamps; or `SigmoidBackward0` below
-    `BinaryCrossEntropyWithLogitsBackward0`. Logits between 0 and 1 let the probability of one class of C rise to e / (e + C - 1) at
+    The autograd graph of the first backward shows it: below `LogSoftmaxBackward0` (`cross_entropy`, `log_softmax`) or
+    `BinaryCrossEntropyWithLogitsBackward0` stands `SoftmaxBackward0` or `SigmoidBackward0`, and between the two nothing but views,
+    selections, concatenations, clamps and constants that are added. Logits between 0 and 1 let the probability of one class of C rise to e / (e + C - 1) at
     most: 0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that is the loss's code.
 
     Ignored: attention and gates, whose softmax is followed by arithmetic; a log-softmax of logarithms, which changes nothing; what runs
@@ -85,8 +85,9 @@ def double_softmax(history: History) -> Iterator[Finding]:
     if not meta.squashed or not len(history):
         return
     classes = _classes(history)
-    function = meta.squashed
-    if function == "softmax" and classes > 1:
+    outer, _, other = meta.squashed.partition(" of ")
+    inner = other or outer
+    if outer == "softmax" and classes > 1:
         ceiling = f": no class can get more than {np.e / (np.e + classes - 1):.0%}"
         evidence = {"classes": float(classes), "highest_probability": float(np.e / (np.e + classes - 1))}
     else:
@@ -97,7 +98,7 @@ def double_softmax(history: History) -> Iterator[Finding]:
         Severity.WARNING,
         max(0, meta.squashed_since - AGAIN + 1) if meta.squashed_since else 0,
         layers=(meta.squashed_by,),
-        message=f"the loss applies a {function} to the {function} of {where}{ceiling}",
+        message=f"the loss applies a {outer} to the {inner} of {where}{ceiling}",
         evidence=evidence,
     )
 
