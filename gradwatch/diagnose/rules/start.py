@@ -12,7 +12,7 @@ from gradwatch.diagnose.arrays import median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
-from gradwatch.diagnose.rules.loss import BINARY, IMPROVED, Progress, guess_of, has_learnt, progress, recovers_soon
+from gradwatch.diagnose.rules.loss import BINARY, Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.facts import ParameterFact
 from gradwatch.history import History
@@ -195,9 +195,7 @@ def _stands(history: History) -> bool:
     guess = guess_of(history)
     if not recent.size or progress(history) is Progress.STUCK:
         return True
-    return guess > 0 and (
-        median(recent) >= WORSE * guess or (before.size > 0 and median(recent) >= IMPROVED * max(guess, median(before)))
-    )
+    return guess > 0 and median(recent) >= WORSE * guess
 
 
 def _and_the_loss(history: History) -> str:
