@@ -189,9 +189,10 @@ def _blocks(history: History) -> bool:
 
 
 def _stands(history: History) -> bool:
-    """The loss has been lost, does not improve, or not any more, or is still far worse than that of a guess."""
+    """The loss has been lost, does not improve, or is still far worse than that of a guess."""
     losses = history.baselines.losses[-WINDOW:]
-    before, recent = (part[np.isfinite(part)] for part in (losses[: -WINDOW // 2], losses[-WINDOW // 2 :]))
+    recent = losses[-WINDOW // 2 :]
+    recent = recent[np.isfinite(recent)]
     guess = guess_of(history)
     if not recent.size or progress(history) is Progress.STUCK:
         return True
