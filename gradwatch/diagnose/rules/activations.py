@@ -104,20 +104,27 @@ def dead_units(history: History) -> Iterator[Finding]:
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
     no parameter of the same optimizer behind it (a hinge, a penalty, an output), but for an output that is silent while the loss is
-    high and no parameter at all gets a gradient.
+    high and no parameter at all gets a gradient. Of what is no activation that is known, only that is told: it gives nothing but zeros
+    and gets, but passes on no gradient, look after look.
     """
     if history.recorded < WINDOW:
         return
+    finding = _silent(history) or _dead(history)
+    if finding is not None:
+        yield finding
+
+
+def _dead(history: History) -> Finding | None:
     flat = history.recent("saturated_fraction", 1)[0]
     # Comparisons with what was not observed are False.
     if not (flat >= DEAD_FROM_START).any():
-        return
+        return None
     dead = history.recent("dead_fraction", 1)[0]
     silent = (flat >= SILENT) & (_kinds(history.meta).rectifier | (dead == dead))
     sick = (dead >= DEAD) & (flat >= FLAT_TOO)
     maybe = (dead >= DEAD_FROM_START) & (flat >= DEAD_FROM_START)
     if not (maybe.any() or silent.any()):
-        return
+        return None
     looks = _Looks.of(history, np.flatnonzero(maybe | silent))
     ever = looks.run(DEAD_FROM_START)
     long_since = np.flatnonzero(maybe[looks.layers] & ever.whole & ever.lasts & ~sick[looks.layers])
@@ -127,26 +134,56 @@ def dead_units(history: History) -> Iterator[Finding]:
     lasts = sick[looks.layers] | looks.run(SILENT).lasts
     at_once = looks.pass_nothing()
     if not (lasts | at_once).any():
-        return
+        return None
     feeders, nothing = _Feeders(history), _nothing_arrives(history)
     hidden = np.array([feeders.is_hidden(int(i)) for i in looks.layers], bool)
     open_ = np.array([nothing or not feeders.is_last(int(i)) for i in looks.layers], bool)
     looks = looks.pick((lasts & (hidden | open_)) | (at_once & hidden))
     if not looks.layers.size:
-        return
+        return None
     looks = looks.pick(_in_their_places(history, looks.layers)).sorted(execution_of(history.meta))
     if not looks.layers.size:
-        return
+        return None
     layers = looks.layers
     share = np.where(silent[layers], 1.0, dead[layers])
     names, called = _named(history, layers)
-    yield Finding(
+    return Finding(
         "dead_units",
         Severity.WARNING,
         looks.run(np.where(sick[layers], np.where(flat[layers] >= FLAT_TOO, FLAT_TOO, DEAD_FROM_START), SILENT)).since(looks),
         layers=names,
         message=f"{float(share.min()):.0%} of the units of {called} fire for no input",
         evidence={"dead_fraction": float(share.min()), "saturated_fraction": float(flat[layers].min()), "layers": len(layers)},
+    )
+
+
+def _silent(history: History) -> Finding | None:
+    """Modules of any kind without parameters that give nothing but zeros and let not the least gradient pass."""
+    if (history.recent("activation_rms", 1)[0] != 0.0).all():
+        return None
+    back = BACK if len(history.layers) < 1000 else APART + 1
+    rms, gain = history.recent("activation_rms", back), history.recent("gain", back)
+    looked = np.isfinite(rms).any(axis=1)
+    steps = history.steps[-len(rms) :][looked]
+    rms, gain = rms[looked], gain[looked]
+    unknown = ~np.isfinite(history.recent("saturated_fraction", 1)[0]) & (history.recent("delta_norm", 1)[0] > 0.0)
+    unknown[history.meta.layer_index[history.meta.layer_index >= 0]] = False
+    sick = unknown & (rms[-LASTING:] == 0.0).all(axis=0) & (gain[-LASTING:] == 0.0).all(axis=0)
+    inner = execution_of(history.meta).inner
+    layers = np.flatnonzero(sick & inner) if len(rms) >= LASTING else np.empty(0, np.int64)
+    if not layers.size:
+        return None
+    layers = layers[np.argsort(execution_of(history.meta).rank[layers], kind="stable")]
+    alive = np.flatnonzero((rms[:, layers] != 0.0).any(axis=1))
+    since = 0 if not alive.size and steps[0] < WINDOW else int(steps[min(int(alive[-1]) + 1 if alive.size else 0, len(steps) - 1)])
+    names, called = _named(history, layers)
+    return Finding(
+        "dead_units",
+        Severity.WARNING,
+        since,
+        layers=names,
+        message=f"100% of the units of {called} fire for no input",
+        evidence={"dead_fraction": 1.0, "layers": len(layers)},
     )
 
 

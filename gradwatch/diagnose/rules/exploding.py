@@ -35,6 +35,12 @@ GROWTH_STUCK = 1.6
 
 PATIENCE = 14
 
+EVEN, MODULES, RISES, SHARE = 2.0, 12, 0.8, 0.25
+"""Decades of growth from the last of at least `MODULES` modules to the first that need no other explanation while the loss does not
+improve, where it is the depth that makes them: it grows at `RISES` of the modules, at none by more than `SHARE` of the whole. Batch
+normalisation without skips (arXiv:1902.08129) gives 3.4 over 40 layers, chaotic tanh layers 2.4 over 18; where widths change or skips
+shorten the way, the steps are uneven (measured)."""
+
 GAIN = 1.25
 """Factor by which a layer's weights enlarge what passes them, from which they explain growth. He, Xavier and orthogonal
 initialisation have 1, PyTorch's default 0.58 (ReLU: 0.41)."""
@@ -86,7 +92,8 @@ BESIDE_WEIGHTS = 3.0
 output begins saturated, it grows from nearly nothing to its usual size, in health by 8 decades (measured)."""
 
 UNKNOWN_LOSS = 4.0
-"""Decades of the norm alone where the loss is not known."""
+"""Decades of the norm alone where the loss is not known; or above the lowest level of the last records, where it does not follow (a
+rollout that becomes chaotic): then most of the last `EACH` records have to rise."""
 
 NULL_BIAS = 4.0
 """Decades below its weight's from which a bias's gradient is what a normalisation behind it leaves of it (6 to 9; a generator's last bias
@@ -106,15 +113,16 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
     or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
     `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
-    differ by `STAIR` each; or neighbours differ by `JUMP`; in `LASTING` of the last 10 observations. A network without normalisation
-    whose weights enlarge a signal by `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time: norm
-    and loss (its size, where it is negative) both grow by `IN_TIME` decades over their first values, rising in nearly every one of the
-    last nine records, or by `STEADY` in each of the last `EACH`, to a norm of `BESIDE_WEIGHTS` times that of the weights;
-    by `ONE_STEP` decades where the record after the first is the last that is finite; by
-    `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of optimizers that take turns each has its own.
+    differ by `STAIR` each; or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss does not improve; in
+    `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by `FORWARD` decades and whose
+    gradients are `LARGE` beside its weights counts too. In time: norm and loss (its size, where it is negative) both grow by `IN_TIME`
+    decades over their first values, rising in nearly every one of the last nine records, or by `STEADY` in each of the last `EACH`, to
+    a norm of `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record after the first is the last that is
+    finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or does not follow. Of optimizers that take turns each has
+    its own.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
-    normalisation; parts with a head of their own; norms that grow while the loss does not; growth across depth while the loss is low
+    normalisation; parts with a head of their own; norms that grow by less than that while the loss does not; growth across depth while the loss is low
     (below 1/20 of its first values).
     """
     if not len(history):
@@ -158,6 +166,8 @@ def _across_depth(history: History) -> Finding | None:
     early = len(deltas.delta) < WINDOW
     stuck = history.recorded >= PATIENCE and progress(history) is Progress.STUCK
     growth = _growth(deltas, early, GROWTH_STUCK if stuck else GROWTH_EXPLAINED)
+    if growth is None and stuck:
+        growth = _even(deltas)
     if growth is not None and not _starved(history, deltas):
         return _told(history, deltas, growth)
     return None if early else _forward(history, deltas)
@@ -234,6 +244,21 @@ def _growth(deltas: Deltas, early: bool, explained_from: float) -> _Growth | Non
                 break
             left[place] = -np.inf
     return best
+
+
+def _even(deltas: Deltas) -> _Growth | None:
+    """Growth that each of many modules has its part in, normalisations aside."""
+    every = median_of_rows(deltas.delta[-LASTING:])
+    values = deltas.delta[-LASTING:, ~deltas.modules.norm]
+    level = every[~deltas.modules.norm]
+    if len(level) < MODULES or len(values) < LASTING:
+        return None
+    steps = level[:-1] - level[1:]
+    whole = median(level[:3]) - median(level[-3:])
+    each = np.median(values[:, :3], axis=1) - np.median(values[:, -3:], axis=1)
+    if whole < EVEN or float(each.min()) < 0.6 * EVEN or (steps > 0).mean() < RISES or float(steps.max()) > SHARE * whole:
+        return None
+    return _Growth(whole, len(every) - 1, False, False, every)
 
 
 def _second(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -383,20 +408,23 @@ def _in_time(history: History) -> Finding | None:
     if float(total[-1]) < BESIDE_WEIGHTS * _least_weights(history):
         return None
     with np.errstate(invalid="ignore"):
-        rising = np.diff(norms[-last:]) > 0
-    if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
+        rising, lately = np.diff(norms[-last:]) > 0, np.diff(norms[-EACH - 1 :]) > 0
+    alone = not died and end > EACH and lately.mean() >= 0.75 and float(norms[-1]) >= _lowest(norms) + UNKNOWN_LOSS
+    if (rising.sum() < len(rising) - 1 and not alone) or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
         return None
-    if need == usual:
+    if need == usual and not alone:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
         if more < max(usual, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
+    followed = bool(np.isfinite(losses[-1])) and float(losses[-1]) - float(np.nanmedian(losses[:lowest])) >= STEADY
     start = _bend(norms)
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
         int(steps[start]) if start > WINDOW // 2 else int(steps[0]),
         layers=_everything(history),
-        message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g} and the loss with it",
+        message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g}"
+        + (" and the loss with it" if followed else ""),
         evidence={"first_norm": 10.0**base, "grad_norm": float(total[-1]), "ratio": 10.0 ** min(grown, 300.0), "growing": 1.0},
     )
 
@@ -409,6 +437,12 @@ def _least_weights(history: History) -> float:
     with np.errstate(over="ignore"):
         norms = np.sqrt(np.nansum(np.square(looks), axis=1))
     return float(norms.min()) if norms.size else 0.0
+
+
+def _lowest(norms: NDArray[np.float64]) -> float:
+    """The lowest median of five records in a row."""
+    known = norms[np.isfinite(norms)]
+    return min((median(known[i : i + 5]) for i in range(len(known) - 4)), default=np.inf)
 
 
 def _bend(norms: NDArray[np.float64]) -> int:

@@ -70,8 +70,9 @@ def double_softmax(history: History) -> Iterator[Finding]:
 
     The autograd graph of the first backward shows it: below `LogSoftmaxBackward0` (`cross_entropy`, `log_softmax`) or
     `BinaryCrossEntropyWithLogitsBackward0` stands `SoftmaxBackward0` or `SigmoidBackward0`, and between the two nothing but views,
-    selections, concatenations, clamps and constants that are added. Logits between 0 and 1 let the probability of one class of C rise to e / (e + C - 1) at
-    most: 0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that is the loss's code.
+    selections, concatenations, clamps and constants that are added. Logits between 0 and 1 let the probability of one class of C rise
+    to e / (e + C - 1) at most: 0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that
+    is the loss's code.
 
     Ignored: attention and gates, whose softmax is followed by arithmetic; a log-softmax of logarithms, which changes nothing; what runs
     in compiled code.

@@ -84,9 +84,9 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, not `STARVED`, and not `FAINT` beside the
     weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, INFO where only vectors are.
 
-    Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
-    `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
-    the loss is low.
+    Ignored: parameters that do not require a gradient or have none; the end of a schedule (learning rates that are not 0 but below
+    `END_OF_SCHEDULE` of the largest that they have had, all of them); a warm-up that begins at 0, which is over after an update or
+    two; everything while the loss is low.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.bfloat16().parameters(), lr=1e-6)
@@ -108,10 +108,12 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     lr = history.recent("lr", None)[:, columns]
     with np.errstate(invalid="ignore"):
         over = (b.lr[columns] < END_OF_SCHEDULE * np.fmax.reduce(lr, axis=0)) & (b.lr[columns] > 0.0)
+    over &= not _goes_on(history)
     columns = columns[~over]
     if not columns.size:
         return
     matrices = int((meta.ndim[columns] >= 2).sum())
+    solid = columns[meta.ndim[columns] >= 2] if matrices else columns
     rate = _rate(history, columns)
     gone = int(cleared[columns].sum())
     why = ": the gradients were cleared before it" if gone == len(columns) else ""
@@ -121,7 +123,7 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     yield Finding(
         "frozen_weights",
         Severity.WARNING if matrices else Severity.INFO,
-        _since_the_same(history, columns),
+        _since_the_same(history, solid),
         parameters=named(meta, columns),
         message=f"no step changes a bit of {what}, though gradients reach {'them' if len(columns) > 1 else 'it'}{why}",
         evidence={
@@ -232,6 +234,13 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
             message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
             evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
         )
+
+
+def _goes_on(history: History) -> bool:
+    """Whether some parameter has a tenth of the largest learning rate that it has had: the schedule is not over."""
+    lr = history.recent("lr", None).astype(float)
+    with np.errstate(invalid="ignore"):
+        return bool((history.baselines.lr >= 0.1 * np.fmax.reduce(lr, axis=0)).any()) and bool((history.baselines.lr > 0).any())
 
 
 def _beats_a_guess(history: History) -> bool:
