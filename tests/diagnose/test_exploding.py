@@ -33,7 +33,7 @@ def growth(layers: int, decades: float) -> Any:
 )
 def test_growth_towards_the_input(decades: float, gain: float, told: bool) -> None:
     run = Run(chain(16))
-    run.records(15, growth(16, decades), weight_norm=gain * KEEPS)
+    run.records(13, growth(16, decades), weight_norm=gain * KEEPS)
     if not told:
         assert run.alarms() == []
         return
@@ -41,6 +41,31 @@ def test_growth_towards_the_input(decades: float, gain: float, told: bool) -> No
     assert (alert.severity, alert.step, alert.layers[0], run.sent[0][0]) == (Severity.ERROR, 0, "0", 10)
     assert "15" not in alert.layers
     assert ("weights are large" in alert.cause) is (gain > 1)
+
+
+def uneven(layers: int, decades: float) -> Any:
+    """The same, all of it at one module in five."""
+    steps = np.where(np.arange(layers) % 5 == 4, 1.0, 0.0)[::-1].cumsum()[::-1]
+    return np.repeat(10.0 ** (decades * (steps - steps[-1]) / (steps[0] - steps[-1])), 2)
+
+
+@pytest.mark.parametrize(
+    ("norms", "loss", "told"),
+    [
+        pytest.param(growth(16, 3.0), 1.0, True, id="evenly, and nothing is learnt"),
+        pytest.param(growth(16, 3.0), 0.8, False, id="the loss improves"),
+        pytest.param(growth(16, 2.1), 1.0, False, id="less"),
+        pytest.param(growth(11, 3.0), 1.0, False, id="few modules"),
+        pytest.param(uneven(16, 3.0), 1.0, False, id="in steps, as where widths change"),
+    ],
+)
+def test_growth_that_the_depth_makes(norms: Any, loss: float, told: bool) -> None:
+    run = Run(chain(len(norms) // 2))
+    for i in range(15):
+        run.record(norms, weight_norm=KEEPS, loss=loss if i > 4 else 1.0)
+    assert run.rules() == (["exploding_gradient"] if told else [])
+    if told:
+        assert (run.only("exploding_gradient").layers[0], run.sent[0][0]) == ("0", 14)
 
 
 def test_growth_that_begins_at_update_20_is_told_within_10() -> None:
@@ -140,11 +165,14 @@ def test_growth_from_update_20_is_told_within_10() -> None:
     assert 19 <= run.only("exploding_gradient").step <= 22
 
 
-def test_a_norm_that_grows_while_the_loss_does_not_is_none() -> None:
+@pytest.mark.parametrize(("records", "told"), [pytest.param(36, False, id="four decades"), pytest.param(40, True, id="more")])
+def test_a_norm_that_grows_while_the_loss_does_not(records: int, told: bool) -> None:
     run = Run(chain(4))
-    for i in range(40):
+    for i in range(records):
         run.record(1.3**i, loss=1.0)
-    assert run.alarms() == []
+    assert run.rules() == (["exploding_gradient"] if told else [])
+    if told:
+        assert run.only("exploding_gradient").message.endswith("e+04")
 
 
 def test_growth_that_stops_is_none() -> None:

@@ -189,16 +189,27 @@ def test_a_plateau_that_was_told_first_stays() -> None:
     ("rule", "step", "folded"),
     [
         pytest.param("update_ratio_too_large", 5, True, id="at the same step"),
-        pytest.param("update_ratio_too_large", 4, True, id="a step before, for it shows in the next record"),
-        pytest.param("update_ratio_too_small", 3, False, id="two steps before"),
-        pytest.param("update_ratio_too_small", 4, True, id="too small as well"),
+        pytest.param("update_ratio_too_small", 4, False, id="a step before, which shows in the next record"),
         pytest.param("zero_gradient", 5, True, id="another rule at the same step"),
         pytest.param("zero_gradient", 4, False, id="another rule a step before"),
     ],
 )
-def test_a_step_shows_in_the_next_record(rule: str, step: int, folded: bool) -> None:
+def test_what_begins_later_is_a_consequence(rule: str, step: int, folded: bool) -> None:
     told = both(finding("exploding_gradient", step=5, layers=("",)), finding(rule, step=step, layers=("",)))
     assert told == (["exploding_gradient"] if folded else ["exploding_gradient", rule])
+
+
+@pytest.mark.parametrize(("step", "folded"), [(5, True), (4, True), (3, False)])
+def test_a_step_shows_in_the_next_record(step: int, folded: bool) -> None:
+    told = both(finding("vanishing_gradient", step=5, layers=("",)), finding("update_ratio_too_small", step=step, layers=("",)))
+    assert told == (["vanishing_gradient"] if folded else ["vanishing_gradient", "update_ratio_too_small"])
+
+
+def test_steps_that_replace_the_weights_make_them_explode() -> None:
+    steps = finding("update_ratio_too_large", step=4, layers=("",))
+    assert both(finding("exploding_gradient", step=5, layers=("",)), steps) == ["update_ratio_too_large"]
+    growing = finding("exploding_gradient", step=5, layers=("",), evidence={"growing": 1.0})
+    assert both(growing, steps) == ["exploding_gradient", "update_ratio_too_large"]
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     its own.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
-    normalisation; parts with a head of their own; norms that grow by less than that while the loss does not; growth across depth while the loss is low
-    (below 1/20 of its first values).
+    normalisation; parts with a head of their own; norms that grow by less than that while the loss does not; growth across
+    depth while the loss is low (below 1/20 of its first values).
     """
     if not len(history):
         return

@@ -84,9 +84,9 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, not `STARVED`, and not `FAINT` beside the
     weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, INFO where only vectors are.
 
-    Ignored: parameters that do not require a gradient or have none; the end of a schedule (learning rates that are not 0 but below
-    `END_OF_SCHEDULE` of the largest that they have had, all of them); a warm-up that begins at 0, which is over after an update or
-    two; everything while the loss is low.
+    Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
+    `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
+    the loss is low.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.bfloat16().parameters(), lr=1e-6)
@@ -108,7 +108,6 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     lr = history.recent("lr", None)[:, columns]
     with np.errstate(invalid="ignore"):
         over = (b.lr[columns] < END_OF_SCHEDULE * np.fmax.reduce(lr, axis=0)) & (b.lr[columns] > 0.0)
-    over &= not _goes_on(history)
     columns = columns[~over]
     if not columns.size:
         return
@@ -234,13 +233,6 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
             message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
             evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
         )
-
-
-def _goes_on(history: History) -> bool:
-    """Whether some parameter has a tenth of the largest learning rate that it has had: the schedule is not over."""
-    lr = history.recent("lr", None).astype(float)
-    with np.errstate(invalid="ignore"):
-        return bool((history.baselines.lr >= 0.1 * np.fmax.reduce(lr, axis=0)).any()) and bool((history.baselines.lr > 0).any())
 
 
 def _beats_a_guess(history: History) -> bool:
