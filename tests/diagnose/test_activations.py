@@ -57,6 +57,59 @@ def test_a_layer_that_dies_later_is_told_within_ten_updates_and_since_when() -> 
     assert "learning rate" in alert.remedy
 
 
+@pytest.mark.parametrize(
+    ("flat", "gain", "at"),
+    [
+        pytest.param(1.0, 0.0, 25, id="nothing at all passes"),
+        pytest.param(0.9995, 0.0, 28, id="not all is flat"),
+        pytest.param(1.0, 1e-9, 28, id="a little passes"),
+        pytest.param(1.0, np.nan, 28, id="it is not known what passes"),
+    ],
+)
+def test_a_layer_that_passes_nothing_at_all_is_told_sooner(flat: float, gain: float, at: int) -> None:
+    run = Run(meta := chain(4, activation="ReLU"))
+    healthy(run, 20)
+    run.records(8, **dead(meta, 0.3, flat), gain=layers(meta, m1act=gain))
+    assert (run.only("dead_units").step, run.sent[0][0]) == (20, at)
+
+
+@pytest.mark.parametrize(
+    ("norms", "loss", "told"),
+    [
+        pytest.param(0.0, 1.0, True, id="nothing gets a gradient"),
+        pytest.param(1.0, 1.0, False, id="something does"),
+        pytest.param(0.0, 0.0, False, id="a hinge that is satisfied"),
+    ],
+)
+def test_an_output_that_is_silent(norms: float, loss: float, told: bool) -> None:
+    run = Run(meta := chain(4, activation="ReLU"))
+    run.records(14, norms, loss=loss, **dead(meta, name="3"))
+    assert ("dead_units" in run.rules()) is told
+
+
+@pytest.mark.parametrize(
+    ("rms", "gain", "delta", "told"),
+    [
+        pytest.param(0.0, 0.0, 1.0, True, id="gives and passes nothing"),
+        pytest.param(1e-30, 0.0, 1.0, False, id="gives something"),
+        pytest.param(0.0, 1.0, 1.0, False, id="zeros that will change: behind a layer that began at zero"),
+        pytest.param(0.0, 0.0, 0.0, False, id="gets no gradient either"),
+    ],
+)
+def test_a_module_of_any_kind_that_is_silent(rms: float, gain: float, delta: float, told: bool) -> None:
+    meta = chain(4, activation="ReLU")
+    meta = replace(meta, layers=tuple(replace(f, type="JumpReLU", activation=None) if f.name == "1act" else f for f in meta.layers))
+    run = Run(meta)
+    run.records(12, activation_rms=layers(meta, m1act=1.0), gain=layers(meta, m1act=0.5), delta_norm=layers(meta, m1act=1.0))
+    columns = {"activation_rms": layers(meta, m1act=rms), "gain": layers(meta, m1act=gain), "delta_norm": layers(meta, m1act=delta)}
+    run.records(7, **columns)
+    assert run.alarms() == []
+    run.record(**columns)
+    assert run.rules() == (["dead_units"] if told else [])
+    if told:
+        assert (run.only("dead_units").step, run.only("dead_units").layers) == (12, ("1act",))
+
+
 def test_where_one_update_in_ten_is_looked_at_three_looks_are_enough() -> None:
     run = Run(meta := chain(4, activation="ReLU"))
     healthy(run, 64)
