@@ -93,6 +93,16 @@ def test_a_loop_that_stops_stepping(before: int, idle: int, told: bool) -> None:
         assert "cleared since the last optimizer step" in alert.message
 
 
+@pytest.mark.parametrize(("lost", "told"), [(8, False), (7, True)])
+def test_a_loop_that_leaves_out_steps_of_what_is_not_finite(lost: int, told: bool) -> None:
+    run = Run(chain(3), [never_stepped])
+    run.history.pending = Pending(ever_stepped=True)
+    run.records(5)
+    for i in range(15):
+        run.record(loss=np.inf if i < lost else 1.0, loss_terms=1, **skipped(SkipReason.NO_STEP))
+    assert run.rules() == (["never_stepped"] if told else [])
+
+
 @pytest.mark.parametrize(
     ("calls", "ended", "told"),
     [

@@ -453,18 +453,28 @@ def _bend(norms: NDArray[np.float64]) -> int:
     n = len(values)
     if n < 6:
         return 0
-    at, best, error = 0, (0.0, 1.0), np.inf
-    for k in range(2, n - 1):
-        lines = [np.polynomial.polynomial.polyfit(np.arange(len(part)), part, 1) for part in (values[:k], values[k - 1 :])]
-        wrong = [part - (c[0] + c[1] * np.arange(len(part))) for part, c in zip((values[:k], values[k - 1 :]), lines, strict=True)]
-        total = float(sum(np.square(w).sum() for w in wrong))
-        if total < error:
-            at, best, error = k, (float(lines[0][1]), float(lines[1][1])), total
-    if best[0] >= 0.25 * best[1]:
+    slopes, wrong = _lines(values)
+    back, wrong_back = (each[::-1] for each in _lines(values[::-1]))
+    # The first line holds the first k values, the second those from the last of these on.
+    k = np.arange(2, n - 1)
+    at = int(k[np.argmin(wrong[k - 1] + wrong_back[k - 1])])
+    if slopes[at - 1] >= 0.25 * -back[at - 1]:
         return 0
     before = float(values[:at].max())
     above = np.flatnonzero(values[at:] > before)
     return int(known[at + above[0]]) if above.size else int(known[at])
+
+
+def _lines(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`[N]` each: slope and sum of squared errors of the straight line through the first 1, 2, ..., N values."""
+    x = np.arange(len(values), dtype=float)
+    count = x + 1.0
+    mean_x, mean_y = np.cumsum(x) / count, np.cumsum(values) / count
+    xx = np.cumsum(x * x) - count * mean_x**2
+    xy = np.cumsum(x * values) - count * mean_x * mean_y
+    yy = np.cumsum(values * values) - count * mean_y**2
+    slope = np.divide(xy, xx, out=np.zeros_like(xy), where=xx > 0)
+    return slope, np.maximum(yy - slope * xy, 0.0)
 
 
 def _of_the_same_owners(history: History) -> NDArray[np.bool_]:

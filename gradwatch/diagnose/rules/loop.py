@@ -83,11 +83,12 @@ def never_stepped(history: History) -> Iterator[Finding]:
     passes (`NO_STEPS` when the run ends) lie in the open record, or `NO_STEPS` were dropped because only optimizers that own
     nothing of this model stepped. Of a loop that has stepped before: `NO_STEPS` records that were cleared without a step, and `LONGER`
     times as many as ever before in a row (an attack on the inputs takes some before each step); or `ENDLESS` dropped passes: its
-    weights may have been replaced under the optimizer (`load_state_dict(assign=True)`).
+    weights may have been replaced under the optimizer (`load_state_dict(assign=True)`). A loop that leaves out the step when something is
+    not finite is right to.
     """
     b, pending = history.baselines, history.pending
     if pending.ever_stepped or bool((b.stepped > 0).any()):
-        if b.idle >= NO_STEPS and b.idle < history.recorded and b.idle >= LONGER * _idle_before(history):
+        if NO_STEPS <= b.idle < history.recorded and b.idle >= LONGER * _idle_before(history) and not _guards(history):
             yield Finding(
                 "never_stepped",
                 Severity.WARNING,
@@ -223,6 +224,14 @@ def _idle_before(history: History) -> int:
     reasons = history.recent("skip_reason", None)[: -history.baselines.idle]
     ends = np.flatnonzero(np.append(reasons != SkipReason.NO_STEP, True))
     return int(np.diff(ends, prepend=-1).max()) - 1
+
+
+def _guards(history: History) -> bool:
+    """In most of the records that nothing stepped there was something that is not finite."""
+    idle = history.baselines.idle
+    lost = (history.recent("loss_terms", idle) > 0) & ~np.isfinite(history.recent("loss", idle))
+    lost |= (history.recent("grad_nonfinite", idle) > 0).any(axis=1)
+    return bool(2 * lost.sum() > len(lost))
 
 
 _ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])
