@@ -28,7 +28,7 @@ OVERSHOOTS = 0.03
 """Update ratio that goes with it. Targets that move (a bootstrapped value, a curriculum, a market) raise a loss by four decades in health,
 by steps of 1e-2 and less (measured); a learning rate that is too high changes several per cent at a time."""
 
-RUNAWAY = 30.0
+RUNAWAY = 10.0
 """Times the last `RECENT` losses grow, each above the one before, from which no such step is needed: ascent. What grows like a power of the
 number of updates, as a curriculum may, does so in its first ten at most, when there is nothing to compare with."""
 
