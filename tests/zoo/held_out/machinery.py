@@ -1,0 +1,5 @@
+"""Not written yet."""
+
+from tests.zoo.case import Case
+
+CASES: list[Case] = []
