@@ -14,7 +14,7 @@ from gradwatch.diagnose.naming import layers_of, named, overlap
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.diagnose.tree import tree_of
 from gradwatch.history import History, Meta
-from gradwatch.records import Finding, Severity, SkipReason
+from gradwatch.records import Finding, GradState, Severity, SkipReason
 
 STALE_STEPS = 5
 """Steps out of the last 10 with an old gradient in them. By the definition of the flag one is a fault already; five leave room for
@@ -62,7 +62,7 @@ def gradients_not_zeroed(history: History) -> Iterator[Finding]:
     steps = b.stepped[sick]
     # The first step cannot contain an older gradient, so a loop that never clears has one stale step less than steps.
     from_start = bool((count[sick] >= np.minimum(steps, 11) - 1).any()) and int(steps.min()) <= 16
-    step = 0 if from_start else max(0, history.recorded - 10 + _first_one(int(recent[sick].max())))
+    step = _second_step(history, sick) if from_start else max(0, history.recorded - 10 + _first_one(int(recent[sick].max())))
     of = min(10, int(steps.max()))
     yield Finding(
         "gradients_not_zeroed",
@@ -178,7 +178,9 @@ def missing_gradient(history: History) -> Iterator[Finding]:
 def not_in_optimizer(history: History) -> Iterator[Finding]:
     """Receives gradients, but no optimizer that steps owns it.
 
-    A parameter is sick when `ORPHANED` records in a row reached it while an optimizer stepped, and no optimizer is known to own it.
+    A parameter is sick when `ORPHANED` records in a row reached it while an optimizer stepped, and no optimizer is known to own it; all
+    are when `ORPHANED` backward passes were dropped since the last record, for what steps owns none of them any more (other tensors
+    took their places: `load_state_dict(assign=True)`).
     Trainable leaves of the graph that are no registered parameter are judged after as many records: those found in the attributes
     of a watched module (a layer in a plain list) are an ERROR; others are INFO, for a perceptual network or a teacher of the loss
     has such leaves in health. Loops without any optimizer are ignored, and frozen parameters.
@@ -196,6 +198,24 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
             parameters=named(meta, np.flatnonzero(orphans)),
             message=f"{_count(int(orphans.sum()), 'parameter')} got gradients in {records} updates and no optimizer steps them",
             evidence={"updates": records, "parameters": int(orphans.sum())},
+        )
+    pending = history.pending
+    lost = meta.trainable & ~meta.owned
+    if (
+        b.records
+        and pending.unowned >= ORPHANED
+        and pending.foreign_steps > 0
+        and lost.any()
+        and not (meta.trainable & meta.owned).any()
+    ):
+        yield Finding(
+            "not_in_optimizer",
+            Severity.ERROR,
+            history.recorded,
+            parameters=named(meta, np.flatnonzero(lost)),
+            message=f"{_count(int(lost.sum()), 'parameter')} got gradients in {pending.unowned} backward passes and no optimizer steps "
+            "them any more",
+            evidence={"updates": pending.unowned, "parameters": int(lost.sum())},
         )
     if (meta.outside or meta.outside_in_model) and b.records >= ORPHANED and bool((b.stepped >= ORPHANED).any()):
         inside = len(meta.outside_in_model)
@@ -239,6 +259,14 @@ _ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])
 
 def _first_one(bits: int) -> int:
     return 10 - bits.bit_length()
+
+
+def _second_step(history: History, sick: NDArray[np.bool_]) -> int:
+    """The first step that could use an old gradient of some parameters, for their owner had stepped once before; 0 from the beginning."""
+    state = history.recent("grad_state", None)[:, sick]
+    stepped = ((state & np.uint8(GradState.STEPPED)) != 0).any(axis=1)
+    first = int(history.steps[np.argmax(stepped)])
+    return first + 1 if first > 1 else 0
 
 
 def _count(n: int, noun: str) -> str:

@@ -41,6 +41,10 @@ FROM_ZERO = 1e4
 """Excess of an earlier record that is set aside where gradients of exactly 0 are kept: the mean logarithm of ten records with one zero
 among them is 10 lower."""
 
+ALONE, USUAL = 300.0, 1.5
+"""Ratio that is needed where the loss of the record is no larger than `USUAL` times the largest of the nine before it: recurrent nets that
+begin to latch and flows that stretch jump by 40 to 180 in health, and nothing comes of it (measured)."""
+
 RESTART = 2.0
 """Factor by which the learning rate rose in one of the last records: what follows is its doing."""
 
@@ -53,6 +57,8 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     before, those of exactly 0 aside: `n / median(h) >= RATIO`, `n / max(h) >= RATIO`, `log(n / median(h)) / s >= SCORE` with `s` the
     largest of `SPREAD` and the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those
     parameters' first records. Names the modules that rose by `RATIO`, and by a tenth of the largest rise.
+
+    Where the loss of the record is usual, `n / median(h) >= ALONE`.
 
     Ignored: parameters seen fewer than 11 times, or whose gradient was other than exactly 0 in fewer than `HABITUAL` of the nine
     observations before; a rise after the learning rate's; a skipped record.
@@ -101,6 +107,8 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     risen = rises >= max(np.log(RATIO), float(rises.max()) - np.log(RATIO))
     share = np.flatnonzero(risen)[np.argsort(-now[risen], kind="stable")]
     names = tuple(history.parameters[i] for i in columns[share])
+    if rise < np.log(ALONE) and _loss_is_usual(history):
+        return
     yield Finding(
         "gradient_spike",
         Severity.WARNING,
@@ -114,6 +122,13 @@ def gradient_spike(history: History) -> Iterator[Finding]:
             "z": rise / spread,
         },
     )
+
+
+def _loss_is_usual(history: History) -> bool:
+    losses = history.recent("loss", WINDOW).astype(float)
+    if len(losses) < WINDOW or not np.isfinite(losses).all() or not (losses > 0).all():
+        return False
+    return bool(losses[-1] <= USUAL * losses[:-1].max())
 
 
 def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -111,7 +111,7 @@ def poor_init(history: History) -> Iterator[Finding]:
 
     *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
-    exactly zero in every update count while the loss does not improve. *Output*: the loss is known to be a mean cross-entropy, its
+    exactly zero in every update count while the loss does not improve, but for adapters of a frozen base. *Output*: the loss is known to be a mean cross-entropy, its
     first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for a binary one),
     the median of the last ten is `STILL_FAR` times it
     (or all of them were lost) and, where the first was less than `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose
@@ -242,7 +242,9 @@ def _symmetric(history: History) -> Finding | None:
         return None
     # Of a matrix that was seen less than `WINDOW` times some of these are NaN, which is not above anything.
     nothing = ~((b.first > ZERO).any(axis=0) | (b.last > ZERO).any(axis=0))
-    sick &= ~nothing | (meta.blank & (progress(history) is Progress.STUCK))
+    # What is added to a base that is frozen (LoRA) is told by what it gets: nothing.
+    base = any(not fact.trainable and len(fact.shape) >= 2 and fact.init_rms > 0.0 for fact in meta.parameters)
+    sick &= ~nothing | (meta.blank & (not base and progress(history) is Progress.STUCK))
     columns = np.flatnonzero(sick)
     if not columns.size:
         return None

@@ -29,7 +29,7 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     """A backward pass gives every element of every parameter that it reaches in a layer exactly zero, update after update.
 
     With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
-    records that reached it. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp`
+    records that reached it; or for a matrix alone that had one when the run began, while its bias still has. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp`
     has it outside its limits, and so has a product with 0. Names the layers next to the cut first. INFO where something that runs before
     them gets a gradient and the loss improves: a term that weighs 0 for now, a batch without edges, parameters that are added as
     `0 * p.sum()`.
@@ -54,7 +54,9 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     # Of no elements the norm is 0.
     full = layout.take(history.meta.numel) > 0
     zero = full & (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
-    sick = _whole_layers(layout, zero, now)
+    whole = _whole_layers(layout, zero, now)
+    cut = _cut_from_weights(history, layout, zero, now) & ~whole
+    sick = whole | cut
     if not sick.any():
         return
     sick &= ~_waits(history, layout, sick) & ~_has_others(history, layout, now) & ~_attends_to_one(history, layout, now)
@@ -65,7 +67,7 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     if 0.0 < largest < UNDERFLOW:
         return
     # What is cut off at its own end, while what runs before it learns, may be meant so.
-    aside = bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING
+    aside = bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING and not cut[places].any()
     columns = layout.columns[places[::-1]]
     layers = int(members(layout.layer[places], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
@@ -86,6 +88,15 @@ def _whole_layers(layout: Layout, zero: NDArray[np.bool_], now: NDArray[np.float
     solid = members(layout.layer[layout.matrix & zero], layout.layers)
     whole: NDArray[np.bool_] = zero & (solid & ~alive)[layout.layer]
     return whole
+
+
+def _cut_from_weights(history: History, layout: Layout, zero: NDArray[np.bool_], now: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`[N]`: matrices that get nothing though their own vector does, and had a gradient in each of their first records: what the layer
+    gives matters, and what makes it of the matrix has lost its derivative."""
+    vectors = members(layout.layer[~layout.matrix & (now > 0.0)], layout.layers)
+    had = (layout.take(history.baselines.first) > ZERO).all(axis=0)
+    cut: NDArray[np.bool_] = zero & layout.matrix & vectors[layout.layer] & had
+    return cut
 
 
 def _waits(history: History, layout: Layout, sick: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -840,6 +840,7 @@ def _(seed: int, broken: bool = True) -> Setup:
     "hb_labels_shuffled_apart",
     ("loss_plateau",),
     source="https://arxiv.org/abs/1611.03530 labels that have nothing to do with the inputs, here by two shuffles; each batch is new",
+    within=100,
     proof=every(loss_stays(0.02, last=100), loss_stays(0.02)),
 )
 def _(seed: int, broken: bool = True) -> Setup:
