@@ -42,7 +42,8 @@ FROM_ZERO = 1e4
 among them is 10 lower."""
 
 ALONE, USUAL = 300.0, 1.5
-"""Ratio that is needed where the loss of the record is no larger than `USUAL` times the largest of the nine before it: recurrent nets that
+"""Ratio that is needed where the loss of the record is no larger than `USUAL` times the largest of the nine before it, or does not
+lie so far above them as that of their range: recurrent nets that
 begin to latch and flows that stretch jump by 40 to 180 in health, and nothing comes of it (measured)."""
 
 RESTART = 2.0
@@ -126,9 +127,10 @@ def gradient_spike(history: History) -> Iterator[Finding]:
 
 def _loss_is_usual(history: History) -> bool:
     losses = history.recent("loss", WINDOW).astype(float)
-    if len(losses) < WINDOW or not np.isfinite(losses).all() or not (losses > 0).all():
+    if len(losses) < WINDOW or not np.isfinite(losses).all():
         return False
-    return bool(losses[-1] <= USUAL * losses[:-1].max())
+    largest, least = float(losses[:-1].max()), float(losses[:-1].min())
+    return bool(losses[-1] <= max(USUAL * largest, largest + (USUAL - 1.0) * (largest - least)))
 
 
 def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:

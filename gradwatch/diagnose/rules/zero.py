@@ -29,8 +29,9 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     """A backward pass gives every element of every parameter that it reaches in a layer exactly zero, update after update.
 
     With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
-    records that reached it; or for a matrix alone that had one when the run began, while its bias still has. Zero is an exact number here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp`
-    has it outside its limits, and so has a product with 0. Names the layers next to the cut first. INFO where something that runs before
+    records that reached it; or for a matrix alone that had one when the run began, while its bias still has. Zero is an exact number
+    here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product
+    with 0. Names the layers next to the cut first. INFO where something that runs before
     them gets a gradient and the loss improves: a term that weighs 0 for now, a batch without edges, parameters that are added as
     `0 * p.sum()`.
 

@@ -1,5 +1,0 @@
-"""Not written yet."""
-
-from tests.zoo.case import Case
-
-CASES: list[Case] = []
