@@ -507,7 +507,7 @@ def test_a_resumed_run_goes_on_exactly_as_if_it_had_not_stopped() -> None:
 def test_a_replay_says_what_was_said_live() -> None:
     run = Run(chain(10))
     run.records(12)
-    run.record(40.0)
+    run.record(40.0, loss=40.0)
     run.records(5)
     _vanish(run, 12)
     run.history.ended = True

@@ -14,7 +14,7 @@ from tests.diagnose.runs import Run, chain
 def test_a_spike_is_told_at_once_and_ends_soon(factor: float) -> None:
     run = Run(chain(4))
     run.records(20)
-    run.record(factor)
+    run.record(factor, loss=factor)
     alert = run.only("gradient_spike")
     assert (alert.severity, alert.step, alert.layers, alert.parameters, alert.count) == (Severity.WARNING, 20, ("",), (), 1)
     assert alert.evidence["ratio"] == pytest.approx(factor, rel=0.3)
@@ -27,18 +27,42 @@ def test_a_spike_in_one_layer_names_it() -> None:
     run.records(20)
     norms = np.ones(8)
     norms[4] = 500.0
-    run.record(norms)
+    run.record(norms, loss=2.0)
     assert run.only("gradient_spike").layers == ("2",)
+
+
+@pytest.mark.parametrize(
+    ("usual", "loss", "factor", "told"),
+    [
+        pytest.param(1.0, 1.49, 250.0, False, id="nothing comes of it"),
+        pytest.param(1.0, 1.51, 250.0, True, id="the loss rises with it"),
+        pytest.param(1.0, 1.0, 500.0, True, id="so large that it is one all the same"),
+        pytest.param(-1.0, -1.0, 250.0, False, id="a negative loss as before"),
+        pytest.param(-1.0, -0.5, 250.0, True, id="a negative loss that rises"),
+    ],
+)
+def test_a_gradient_that_jumps_alone(usual: float, loss: float, factor: float, told: bool) -> None:
+    run = Run(chain(4))
+    run.records(20, loss=usual)
+    run.record(factor, loss=loss)
+    assert run.rules() == (["gradient_spike"] if told else [])
+
+
+def test_a_gradient_that_jumps_where_no_loss_is_known() -> None:
+    run = Run(chain(4))
+    run.records(20, loss=np.nan, loss_terms=0)
+    run.record(250.0, loss=np.nan, loss_terms=0)
+    assert run.rules() == ["gradient_spike"]
 
 
 def test_ten_records_are_needed_and_eleven_are_enough() -> None:
     run = Run(chain(4))
     run.records(9)
-    run.record(100.0)
+    run.record(100.0, loss=100.0)
     assert run.alarms() == []
     run = Run(chain(4))
     run.records(10)
-    run.record(100.0)
+    run.record(100.0, loss=100.0)
     assert run.rules() == ["gradient_spike"]
 
 
@@ -93,7 +117,7 @@ def test_alternating_models_of_different_size_are_none_and_a_spike_in_one_is_tol
         run.record(np.concatenate((np.full(6, 1e-3), nan)))
         run.record(np.concatenate((nan, np.full(6, 1e3))))
     assert run.alarms() == []
-    run.record(np.concatenate((np.full(6, 1e-1), nan)))
+    run.record(np.concatenate((np.full(6, 1e-1), nan)), loss=2.0)
     assert run.only("gradient_spike").layers == ("g.0", "g.1", "g.2") or run.only("gradient_spike").layers[0].startswith("g.")
 
 
@@ -101,7 +125,7 @@ def test_the_cause_tells_whether_the_loss_rose_with_it() -> None:
     for loss, word in ((50.0, "outlier"), (1.0, "loss is as usual")):
         run = Run(chain(4))
         run.records(20)
-        run.record(50.0, loss=loss)
+        run.record(500.0, loss=loss)
         assert word in run.only("gradient_spike").cause
 
 
@@ -137,7 +161,7 @@ def test_zeros_between_do_not_hide_a_spike_and_do_not_count_as_usual() -> None:
     run.records(12, 0.0, loss=0.0)
     for i in range(40):
         run.record(float(i % 5 > 0), loss=float(i % 5 > 0))
-    run.record(50.0)
+    run.record(50.0, loss=50.0)
     alert = run.only("gradient_spike")
     assert (alert.step, alert.layers) == (52, ("",))
     assert alert.evidence["ratio"] == pytest.approx(50.0, rel=0.3)

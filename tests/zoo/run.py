@@ -41,8 +41,18 @@ def listen(case: Case, seed: int) -> Heard:
     if watch is None:
         return Heard(error=error)
     alarms = [_alarm(alert, told) for alert in watch.alerts if alert.severity >= Severity.WARNING]
+    alarms += _taken_back({a.name for a in alarms}, told)
     owners = tuple(dict.fromkeys(p.layer for p in watch.history.meta.parameters if p.trainable))
     return Heard(tuple(sorted(alarms, key=lambda a: a.sent)), owners, tuple(watch.notices), error)
+
+
+def _taken_back(names: set[str], told: list[tuple[int, Alert]]) -> list[Alarm]:
+    """What was said under a name that no alert has in the end, for its cause was found later: whoever listened has heard it."""
+    first: dict[str, tuple[int, Alert]] = {}
+    for updates, alert in told:
+        if alert.rule not in names:
+            first.setdefault(alert.rule, (updates, alert))
+    return [_alarm(alert, [(updates, alert)]) for updates, alert in first.values()]
 
 
 def _alarm(alert: Alert, told: list[tuple[int, Alert]]) -> Alarm:

@@ -112,10 +112,9 @@ def poor_init(history: History) -> Iterator[Finding]:
     *Symmetry*: all rows of a matrix were equal when the watch began and are equal, bit for bit, after `facts.SYMMETRY_AFTER` updates,
     though its gradient is not zero: its units compute one and the same function and always will. Rows of zeros whose gradient has been
     exactly zero in every update count while the loss does not improve, but for adapters of a frozen base. *Output*: the loss is known to
-    be a mean cross-entropy, its first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for a binary one),
-    the median of the last ten is `STILL_FAR` times it
-    (or all of them were lost) and, where the first was less than `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose
-    gain is `LARGE_GAIN` or more explain it.
+    be a mean cross-entropy, its first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for
+    a binary one), the median of the last ten is `STILL_FAR` times it (or all of them were lost) and, where the first was less than
+    `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.

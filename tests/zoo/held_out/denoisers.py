@@ -189,7 +189,7 @@ def finite_before(update: int) -> Proof:
 
 @sick(
     CASES,
-    "ha_denoiser_with_sigmoids_between",
+    "hn_denoiser_with_sigmoids_between",
     ("vanishing_gradient",),
     tuple(str(i) for i in range(15)),
     source="https://proceedings.mlr.press/v9/glorot10a.html Glorot and Bengio: logistic units in deep networks",
@@ -229,7 +229,7 @@ class Fused(nn.Module):
 
 @sick(
     CASES,
-    "ha_deep_sigmoid_branch_for_the_table",
+    "hn_deep_sigmoid_branch_for_the_table",
     ("vanishing_gradient",),
     tuple(f"table.{i}" for i in range(11)),
     source="http://neuralnetworksanddeeplearning.com/chap5.html why are deep networks hard to train",
@@ -265,7 +265,7 @@ class Sine(nn.Module):
 
 @sick(
     CASES,
-    "ha_siren_with_the_init_of_linear",
+    "hn_siren_with_the_init_of_linear",
     ("exploding_gradient", "poor_init"),
     tuple(f"{i}" for i in range(5)),
     source="https://arxiv.org/abs/2006.09661 Sitzmann et al., section 3.2: without their initialisation such a network does not train",
@@ -293,7 +293,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_diffusion_weight_without_a_ceiling",
+    "hn_diffusion_weight_without_a_ceiling",
     ("gradient_spike", "loss_spike"),
     onset=45,
     source="https://arxiv.org/abs/2303.09556 Min-SNR weighting: the weight of nearly clean samples has to be clipped",
@@ -350,7 +350,7 @@ def spikes(update: int, factor: float) -> Proof:
 
 @sick(
     CASES,
-    "ha_one_shard_with_boxes_in_pixels",
+    "hn_one_shard_with_boxes_in_pixels",
     ("loss_spike",),
     onset=50,
     also=("gradient_spike",),
@@ -371,7 +371,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_step_decay_by_ten_instead_of_a_tenth",
+    "hn_step_decay_by_ten_instead_of_a_tenth",
     ("loss_diverging",),
     onset=40,
     also=(
@@ -427,7 +427,7 @@ def resnet(width: int, blocks: int, norm: Callable[[int], nn.Module], out: int =
 
 @sick(
     CASES,
-    "ha_blank_picture_standardised",
+    "hn_blank_picture_standardised",
     ("non_finite_input",),
     ("",),
     onset=28,
@@ -501,7 +501,7 @@ class PictureFlow(nn.Module):
 
 @sick(
     CASES,
-    "ha_flow_takes_the_logit_of_black",
+    "hn_flow_takes_the_logit_of_black",
     ("non_finite_activation",),
     ("logit",),
     also=("non_finite_loss", "non_finite_gradient", "non_finite_weight"),
@@ -551,7 +551,7 @@ def centres(s: Scene) -> Tensor:
 
 @sick(
     CASES,
-    "ha_batch_without_an_object",
+    "hn_batch_without_an_object",
     ("non_finite_loss",),
     onset=33,
     also=("non_finite_gradient", "non_finite_weight", "non_finite_activation"),
@@ -587,7 +587,7 @@ def _finite_at(plain: Plain, update: int, modules: tuple[str, ...]) -> str:
 
 @sick(
     CASES,
-    "ha_total_variation_of_a_flat_picture",
+    "hn_total_variation_of_a_flat_picture",
     ("non_finite_gradient",),
     ("out", ""),
     also=("non_finite_weight", "non_finite_activation", "non_finite_loss"),
@@ -632,7 +632,7 @@ class Heatmap(nn.Module):
 
 @sick(
     CASES,
-    "ha_prior_of_the_focal_loss_on_every_bias",
+    "hn_prior_of_the_focal_loss_on_every_bias",
     ("dead_units",),
     ("tower",),
     also=("zero_gradient", "poor_init", "vanishing_gradient"),
@@ -659,7 +659,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_normal_init_with_its_default_spread",
+    "hn_normal_init_with_its_default_spread",
     ("saturated_activation", "poor_init"),
     ("0", "1", "2", "3", "4"),
     source="https://docs.pytorch.org/docs/stable/nn.init.html nn.init.normal_: std is 1 unless said",
@@ -700,7 +700,7 @@ class Supervised(UNet):
 
 @sick(
     CASES,
-    "ha_auxiliary_loss_not_added",
+    "hn_auxiliary_loss_not_added",
     ("missing_gradient",),
     ("aux",),
     source="https://arxiv.org/abs/1409.5185 Deeply-supervised nets: the companion objectives belong to the loss",
@@ -725,7 +725,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_features_cached_after_the_first_epoch",
+    "hn_features_cached_after_the_first_epoch",
     ("missing_gradient",),
     ("backbone",),
     onset=24,
@@ -790,7 +790,7 @@ class Codec(nn.Module):
 
 @sick(
     CASES,
-    "ha_codec_rounds_in_earnest",
+    "hn_codec_rounds_in_earnest",
     ("zero_gradient",),
     ("encoder",),
     onset=30,
@@ -821,7 +821,7 @@ UNET = tuple(name for name, _ in UNet().named_parameters())
 
 @sick(
     CASES,
-    "ha_polynomial_decay_ends_after_one_epoch",
+    "hn_polynomial_decay_ends_after_one_epoch",
     ("frozen_weights",),
     onset=20,
     also=("update_ratio_too_small", "loss_plateau"),
@@ -853,7 +853,7 @@ LEFT_OUT = ("up1.weight", "up1.bias", "up2.weight", "up2.bias")
 
 @sick(
     CASES,
-    "ha_groups_forget_transposed_convolutions",
+    "hn_groups_forget_transposed_convolutions",
     ("not_in_optimizer",),
     ("up1", "up2"),
     source="https://github.com/karpathy/minGPT/blob/master/mingpt/model.py parameter groups by the type of the module",
@@ -897,7 +897,7 @@ class VAE(nn.Module):
 
 @sick(
     CASES,
-    "ha_adam_with_the_rate_of_sgd",
+    "hn_adam_with_the_rate_of_sgd",
     ("update_ratio_too_large",),
     also=("loss_diverging", "loss_spike", "gradient_spike", "dead_units", "exploding_gradient"),
     source="https://cs231n.github.io/neural-networks-3/#ratio updates should be about a thousandth of the weights",
@@ -916,7 +916,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_schedule_returns_the_rate_itself",
+    "hn_schedule_returns_the_rate_itself",
     ("update_ratio_too_small",),
     source="https://docs.pytorch.org/docs/stable/generated/torch.optim.lr_scheduler.LambdaLR.html lr_lambda gives a factor, not a rate",
     proof=every(update_ratio(below=1e-5, last=15), loss_stays(0.05)),
@@ -944,7 +944,7 @@ def _(seed: int, fault: bool = True) -> Setup:
 
 @sick(
     CASES,
-    "ha_dcgan_init_in_a_narrow_network",
+    "hn_dcgan_init_in_a_narrow_network",
     ("poor_init", "vanishing_gradient"),
     tuple(str(i) for i in range(14)),
     also=("dead_units",),
@@ -971,7 +971,7 @@ def _fades(plain: Plain, module: str, below: float) -> str:
 
 @sick(
     CASES,
-    "ha_scanner_pictures_of_twelve_bits",
+    "hn_scanner_pictures_of_twelve_bits",
     ("unnormalized_input",),
     ("",),
     also=("dead_units",),
@@ -1016,7 +1016,7 @@ class Segmenter(nn.Module):
 
 @sick(
     CASES,
-    "ha_segmenter_gives_probabilities_to_cross_entropy",
+    "hn_segmenter_gives_probabilities_to_cross_entropy",
     ("double_softmax",),
     ("softmax",),
     source="https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html the input holds unnormalised logits",
@@ -1118,7 +1118,7 @@ class ViT(nn.Module):
 
 @healthy(
     CASES,
-    "ha_vit_with_layerscale_and_stochastic_depth",
+    "hn_vit_with_layerscale_and_stochastic_depth",
     source="https://arxiv.org/abs/2103.17239 CaiT: LayerScale from 1e-4 and stochastic depth",
     proof=converges(0.6),
 )
@@ -1139,7 +1139,7 @@ def _(seed: int) -> Setup:
 
 @healthy(
     CASES,
-    "ha_sparse_rectifiers_on_a_table",
+    "hn_sparse_rectifiers_on_a_table",
     source="https://proceedings.mlr.press/v15/glorot11a.html Glorot et al.: deep sparse rectifier networks, 50 to 80 % zeros",
     proof=every(converges(0.3), silent("1", 0.7)),
 )
@@ -1175,7 +1175,7 @@ class Rare(nn.Module):
 
 @healthy(
     CASES,
-    "ha_centres_are_one_place_in_144",
+    "hn_centres_are_one_place_in_144",
     source="https://arxiv.org/abs/1708.02002 RetinaNet, section 4.1: last layer from N(0, 0.01), bias at the prior",
     proof=every(
         converges(0.45), lambda p: _mostly_near_zero(p, "sigmoid"), gradient_ratio("trunk.0.weight", "score.weight", 0.2, last=2)
@@ -1236,7 +1236,7 @@ class Noiser(nn.Module):
 
 @healthy(
     CASES,
-    "ha_diffusion_from_nothing",
+    "hn_diffusion_from_nothing",
     source="https://github.com/openai/guided-diffusion/blob/main/guided_diffusion/unet.py zero_module() on last convolutions",
     proof=every(converges(0.45), zero_gradient("stem.weight", "blocks.0.conv1.weight", "time.0.weight", last=1)),
 )
@@ -1274,7 +1274,7 @@ def _imitates(plain: Plain) -> str:
 
 @healthy(
     CASES,
-    "ha_spectral_gan_in_balance",
+    "hn_spectral_gan_in_balance",
     source="https://arxiv.org/abs/1802.05957 Miyato et al.: spectral normalisation for GANs",
     proof=every(_imitates, lambda p: _balanced(p)),
 )
@@ -1318,7 +1318,7 @@ def _balanced(plain: Plain) -> str:
 
 @healthy(
     CASES,
-    "ha_autoencoder_of_a_plane",
+    "hn_autoencoder_of_a_plane",
     source="https://doi.org/10.1016/0893-6080(89)90014-2 Baldi and Hornik: linear autoencoders have no bad minima",
     proof=every(converges(1e-3), lambda p: _gradients_end(p, 0.02)),
 )
@@ -1347,7 +1347,7 @@ def _gradients_end(plain: Plain, below: float) -> str:
 
 @healthy(
     CASES,
-    "ha_vae_with_sums_over_pixels_and_batch",
+    "hn_vae_with_sums_over_pixels_and_batch",
     source="https://github.com/pytorch/examples/blob/main/vae/main.py reduction='sum' for both terms",
     proof=every(converges(0.6), lambda p: _large(p, 1e3)),
 )
@@ -1371,7 +1371,7 @@ def _large(plain: Plain, above: float) -> str:
 
 @healthy(
     CASES,
-    "ha_smoothed_labels_have_a_floor",
+    "hn_smoothed_labels_have_a_floor",
     source="https://arxiv.org/abs/1906.02629 Mueller et al.: when does label smoothing help",
     proof=every(falls(0.5), lambda p: _floor(p)),
 )
@@ -1401,7 +1401,7 @@ def _floor(plain: Plain) -> str:
 
 @healthy(
     CASES,
-    "ha_segmentation_with_warm_restarts",
+    "hn_segmentation_with_warm_restarts",
     source="https://arxiv.org/abs/1608.03983 SGDR: warm restarts",
     proof=every(falls(0.2), lambda p: _restarts(p)),
 )
@@ -1440,7 +1440,7 @@ class Mixer(nn.Module):
 
 @healthy(
     CASES,
-    "ha_mixer_warmed_up_from_nothing",
+    "hn_mixer_warmed_up_from_nothing",
     source="https://arxiv.org/abs/2105.01601 MLP-Mixer, with linear warm-up",
     proof=every(converges(0.5), lambda p: _still_at_first(p)),
 )
@@ -1507,7 +1507,7 @@ class Probe(nn.Module):
 
 @healthy(
     CASES,
-    "ha_head_on_a_frozen_backbone",
+    "hn_head_on_a_frozen_backbone",
     source="https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html ConvNet as fixed feature extractor",
     proof=every(converges(0.4), no_gradient("backbone.0.weight", "backbone.4.weight")),
 )
@@ -1536,7 +1536,7 @@ def _(seed: int) -> Setup:
 
 @healthy(
     CASES,
-    "ha_dncnn_keeps_its_biases",
+    "hn_dncnn_keeps_its_biases",
     source="https://arxiv.org/abs/1608.03981 DnCNN: convolution, batch normalisation, ReLU; learns the noise",
     proof=every(converges(0.4), gradient_ratio("4.bias", "4.weight", 1e-4), gradient_ratio("7.bias", "7.weight", 1e-4)),
 )
@@ -1572,7 +1572,7 @@ class HardGates(nn.Module):
 
 @healthy(
     CASES,
-    "ha_hard_gates_choose_the_columns",
+    "hn_hard_gates_choose_the_columns",
     source="https://arxiv.org/abs/1712.01312 Louizos et al.: L0 regularisation by hard-concrete gates",
     proof=every(converges(0.5), lambda p: _chooses(p)),
 )
@@ -1613,7 +1613,7 @@ class Flow(nn.Module):
 
 @healthy(
     CASES,
-    "ha_realnvp_goes_below_zero",
+    "hn_realnvp_goes_below_zero",
     source="https://arxiv.org/abs/1605.08803 RealNVP: the last layers of the couplings begin at zero here, as in Glow",
     proof=lambda p: _crosses(p),
 )
