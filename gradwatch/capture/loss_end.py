@@ -103,7 +103,7 @@ class Squashed:
 
 
 def squashed(roots: Iterable[Any], limit: int = MAX_NODES) -> Squashed | None:
-    """A softmax or sigmoid whose output, its values unchanged but for a constant, goes into a log-softmax or a loss that takes logits.
+    """A softmax or sigmoid whose output, its values unchanged, goes into a log-softmax or a loss that takes logits.
 
     A log-softmax of logarithms of probabilities changes nothing, and is none.
     """
@@ -274,11 +274,9 @@ def _down_to(node: Any) -> tuple[str, list[Any]] | None:
         if type(child).__name__ in _INNER:
             inner.add(_INNER[type(child).__name__])
             continue
-        onward = [each for each, _ in child.next_functions if each is not None]
-        # A constant added to all of them (1e-8, before a logarithm that the loss takes already) is none of the network's.
-        if _name(child) not in _SAME_VALUES and not (_name(child) in ("Add", "Sub") and len(onward) == 1):
+        if _name(child) not in _SAME_VALUES:
             return None
-        new = dict.fromkeys(each for each in onward if each not in path)
+        new = dict.fromkeys(each for each, _ in child.next_functions if each is not None and each not in path)
         path.update(new)
         below += new
     return (inner.pop(), list(path)) if len(inner) == 1 and not below else None

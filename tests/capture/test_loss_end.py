@@ -654,8 +654,6 @@ TWICE: dict[str, tuple[Callable[[], Tensor], str]] = {
     ),
     "sigmoid-for-classes": (lambda: two(scores(8, 5).sigmoid()), "softmax of sigmoid"),
     "softmax-for-labels": (lambda: bce(scores(8, 5).softmax(-1)), "sigmoid of softmax"),
-    "kept-off-zero": (lambda: two(scores(8, 5).softmax(-1) + 1e-8), "softmax"),
-    "less-its-average": (lambda: two(scores(8, 5).softmax(-1) - torch.full((5,), 0.2)), "softmax"),
     "sigmoid-and-a-target-that-is-computed": (
         lambda: F.binary_cross_entropy_with_logits(scores(8).sigmoid(), scores(8, seed=4).tanh()),
         "sigmoid",
@@ -680,6 +678,8 @@ def attention(x: Tensor) -> Tensor:
 
 
 ONCE: dict[str, Callable[[], Tensor]] = {
+    "rounded": lambda: two(scores(8, 5).softmax(-1) + 1e-8),
+    "beside-the-logits-of-another": lambda: two(scores(8, 5).sigmoid() + 5 * torch.eye(8, 5)),
     "sum-of-two": lambda: two(scores(8, 5).softmax(-1) + scores(8, 5, seed=4).softmax(-1)),
     "a-softmax-and-a-sigmoid": lambda: two(torch.cat([scores(4, 5).softmax(-1), scores(4, 5, seed=4).sigmoid()])),
     "scaled-and-shifted": lambda: two(scores(8, 5).sigmoid() * 8 - 4),

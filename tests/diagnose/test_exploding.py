@@ -165,14 +165,11 @@ def test_growth_from_update_20_is_told_within_10() -> None:
     assert 19 <= run.only("exploding_gradient").step <= 22
 
 
-@pytest.mark.parametrize(("records", "told"), [pytest.param(36, False, id="four decades"), pytest.param(40, True, id="more")])
-def test_a_norm_that_grows_while_the_loss_does_not(records: int, told: bool) -> None:
+def test_a_norm_that_grows_while_the_loss_does_not_is_none() -> None:
     run = Run(chain(4))
-    for i in range(records):
+    for i in range(40):
         run.record(1.3**i, loss=1.0)
-    assert run.rules() == (["exploding_gradient"] if told else [])
-    if told:
-        assert run.only("exploding_gradient").message.endswith("e+04")
+    assert run.alarms() == []
 
 
 def test_growth_that_stops_is_none() -> None:

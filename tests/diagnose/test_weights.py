@@ -591,7 +591,7 @@ def test_a_block_that_ends_early_has_10_updates_of_small_steps_judged(records: i
     ],
 )
 def test_how_small_and_for_how_long(ratios: list[float], told: bool) -> None:
-    run = Run(chain(4), [update_ratio_too_small])
+    run = Run(replace(chain(4), criterion="cross_entropy", guess=1.0), [update_ratio_too_small])
     for ratio in ratios:
         run.record(update_ratio=ratio)
     assert run.rules() == (["update_ratio_too_small"] if told else [])
@@ -610,8 +610,9 @@ def test_a_single_matrix_that_moves_shows_that_the_optimizer_does(name: str, rat
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(0.99e-6, True), (1.01e-6, False)])
-def test_what_is_better_than_a_guess_is_changed_with_care(ratio: float, told: bool) -> None:
-    run = Run(replace(chain(4), criterion="cross_entropy", guess=1.2), [update_ratio_too_small])
+@pytest.mark.parametrize("guess", [1.2, 0.0], ids=["better than a guess", "who knows"])
+def test_what_may_be_better_than_a_guess_is_changed_with_care(guess: float, ratio: float, told: bool) -> None:
+    run = Run(replace(chain(4), criterion="cross_entropy", guess=guess), [update_ratio_too_small])
     run.records(12, update_ratio=ratio, loss=1.0)
     assert run.rules() == (["update_ratio_too_small"] if told else [])
 
@@ -641,6 +642,14 @@ def test_steps_that_become_large_in_mid_training(before: list[float], ratio: flo
         alert = run.only("update_ratio_too_large")
         assert (alert.step, run.sent[0][0]) == (len(before), len(before) + 6)
         assert alert.evidence["update_ratio"] == pytest.approx(ratio)
+
+
+def test_large_steps_that_mend_what_has_changed_are_none() -> None:
+    run = Run(chain(4), [update_ratio_too_large])
+    run.records(12, update_ratio=0.03, loss=1.0)
+    run.record(update_ratio=0.5, loss=2.0)  # another task: the step comes after this loss
+    run.records(8, update_ratio=0.03, loss=1.8)
+    assert run.rules() == []
 
 
 def test_vectors_that_move_show_nothing() -> None:

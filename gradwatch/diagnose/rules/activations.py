@@ -105,7 +105,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
     no parameter of the same optimizer behind it (a hinge, a penalty, an output), but for an output that is silent while the loss is
     high and no parameter at all gets a gradient. Of what is no activation that is known, only that is told: it gives nothing but zeros
-    and gets, but passes on no gradient, look after look.
+    and gets, but passes on no gradient, look after look, and the loss does not improve.
     """
     if history.recorded < WINDOW:
         return
@@ -159,7 +159,8 @@ def _dead(history: History) -> Finding | None:
 
 def _silent(history: History) -> Finding | None:
     """Modules of any kind without parameters that give nothing but zeros and let not the least gradient pass."""
-    if (history.recent("activation_rms", 1)[0] != 0.0).all():
+    # A gate that weighs 0 for now gives zeros, too, while the rest learns.
+    if (history.recent("activation_rms", 1)[0] != 0.0).all() or progress(history) is not Progress.STUCK:
         return None
     back = BACK if len(history.layers) < 1000 else APART + 1
     rms, gain = history.recent("activation_rms", back), history.recent("gain", back)
@@ -171,6 +172,10 @@ def _silent(history: History) -> Finding | None:
     sick = unknown & (rms[-LASTING:] == 0.0).all(axis=0) & (gain[-LASTING:] == 0.0).all(axis=0)
     inner = execution_of(history.meta).inner
     layers = np.flatnonzero(sick & inner) if len(rms) >= LASTING else np.empty(0, np.int64)
+    if not layers.size:
+        return None
+    feeders = _Feeders(history)
+    layers = layers[[feeders.is_hidden(int(i)) for i in layers]]
     if not layers.size:
         return None
     layers = layers[np.argsort(execution_of(history.meta).rank[layers], kind="stable")]

@@ -92,8 +92,7 @@ BESIDE_WEIGHTS = 3.0
 output begins saturated, it grows from nearly nothing to its usual size, in health by 8 decades (measured)."""
 
 UNKNOWN_LOSS = 4.0
-"""Decades of the norm alone where the loss is not known; or above the lowest level of the last records, where it does not follow (a
-rollout that becomes chaotic): then most of the last `EACH` records have to rise."""
+"""Decades of the norm alone where the loss is not known."""
 
 NULL_BIAS = 4.0
 """Decades below its weight's from which a bias's gradient is what a normalisation behind it leaves of it (6 to 9; a generator's last bias
@@ -118,11 +117,11 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     gradients are `LARGE` beside its weights counts too. In time: norm and loss (its size, where it is negative) both grow by `IN_TIME`
     decades over their first values, rising in nearly every one of the last nine records, or by `STEADY` in each of the last `EACH`, to
     a norm of `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record after the first is the last that is
-    finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or does not follow. Of optimizers that take turns each has
+    finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of optimizers that take turns each has
     its own.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
-    normalisation; parts with a head of their own; norms that grow by less than that while the loss does not; growth across
+    normalisation; parts with a head of their own; norms that grow while the loss does not; growth across
     depth while the loss is low (below 1/20 of its first values).
     """
     if not len(history):
@@ -408,23 +407,20 @@ def _in_time(history: History) -> Finding | None:
     if float(total[-1]) < BESIDE_WEIGHTS * _least_weights(history):
         return None
     with np.errstate(invalid="ignore"):
-        rising, lately = np.diff(norms[-last:]) > 0, np.diff(norms[-EACH - 1 :]) > 0
-    alone = not died and end > EACH and lately.mean() >= 0.75 and float(norms[-1]) >= _lowest(norms) + UNKNOWN_LOSS
-    if (rising.sum() < len(rising) - 1 and not alone) or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
+        rising = np.diff(norms[-last:]) > 0
+    if rising.sum() < len(rising) - 1 or float(norms[-1]) < float(np.nanmax(norms)) - 0.5:
         return None
-    if need == usual and not alone:
+    if need == usual:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
         if more < max(usual, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
-    followed = bool(np.isfinite(losses[-1])) and float(losses[-1]) - float(np.nanmedian(losses[:lowest])) >= STEADY
     start = _bend(norms)
     return Finding(
         "exploding_gradient",
         Severity.ERROR,
         int(steps[start]) if start > WINDOW // 2 else int(steps[0]),
         layers=_everything(history),
-        message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g}"
-        + (" and the loss with it" if followed else ""),
+        message=f"the gradient norm has grown from {10.0**base:.2g} to {total[-1]:.2g} and the loss with it",
         evidence={"first_norm": 10.0**base, "grad_norm": float(total[-1]), "ratio": 10.0 ** min(grown, 300.0), "growing": 1.0},
     )
 
@@ -437,12 +433,6 @@ def _least_weights(history: History) -> float:
     with np.errstate(over="ignore"):
         norms = np.sqrt(np.nansum(np.square(looks), axis=1))
     return float(norms.min()) if norms.size else 0.0
-
-
-def _lowest(norms: NDArray[np.float64]) -> float:
-    """The lowest median of five records in a row."""
-    known = norms[np.isfinite(norms)]
-    return min((median(known[i : i + 5]) for i in range(len(known) - 4)), default=np.inf)
 
 
 def _bend(norms: NDArray[np.float64]) -> int:

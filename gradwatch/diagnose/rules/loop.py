@@ -14,7 +14,7 @@ from gradwatch.diagnose.naming import layers_of, named, overlap
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.diagnose.tree import tree_of
 from gradwatch.history import History, Meta
-from gradwatch.records import Finding, GradState, Severity, SkipReason
+from gradwatch.records import Finding, GradState, Severity
 
 STALE_STEPS = 5
 """Steps out of the last 10 with an old gradient in them. By the definition of the flag one is a fault already; five leave room for
@@ -25,9 +25,6 @@ ENDLESS = 64
 
 NO_STEPS = 10
 """Records in a row that nothing stepped, or backward passes that nobody used: the earliest update at which persistence speaks."""
-
-LONGER = 5
-"""Times the longest earlier run of records without a step, as for a parameter that misses some (`missing_gradient`)."""
 
 MISSED_STEPS = 12
 """Steps of its owner that never had a gradient for it, before a parameter is missing: 3 before the time to a verdict is over."""
@@ -77,26 +74,15 @@ def gradients_not_zeroed(history: History) -> Iterator[Finding]:
 @patient
 @persistent(NO_STEPS)
 def never_stepped(history: History) -> Iterator[Finding]:
-    """Backward passes are cleared or piled up, no optimizer steps, and the weights stay as they are.
+    """Backward passes are cleared or piled up, no optimizer has ever stepped, and the weights stay as they are.
 
     Yields when no watched weight has ever moved and `NO_STEPS` records in a row were cleared without a step, or `ENDLESS` backward
     passes (`NO_STEPS` when the run ends) lie in the open record, or `NO_STEPS` were dropped because only optimizers that own
-    nothing of this model stepped. Of a loop that has stepped before: `NO_STEPS` records that were cleared without a step, and `LONGER`
-    times as many as ever before in a row (an attack on the inputs takes some before each step); or `ENDLESS` dropped passes: its
-    weights may have been replaced under the optimizer (`load_state_dict(assign=True)`). A loop that leaves out the step when something is
-    not finite is right to.
+    nothing of this model stepped. Of a loop that has stepped before, only `ENDLESS` such dropped passes are its business: passes that
+    are cleared may be meant so (saliency, Fisher information, an attack on the inputs, gradients of a validation).
     """
     b, pending = history.baselines, history.pending
     if pending.ever_stepped or bool((b.stepped > 0).any()):
-        if NO_STEPS <= b.idle < history.recorded and b.idle >= LONGER * _idle_before(history) and not _guards(history):
-            yield Finding(
-                "never_stepped",
-                Severity.WARNING,
-                history.recorded - b.idle,
-                message=f"{b.idle} backward passes were cleared since the last optimizer step",
-                evidence={"backward_calls": b.idle, "foreign_steps": pending.foreign_steps},
-            )
-            return
         if pending.unowned >= ENDLESS:
             yield Finding(
                 "never_stepped",
@@ -237,21 +223,6 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
                 message=f"{_count(len(meta.outside), 'trainable tensor')} {shapes} outside the model in no optimizer",
                 evidence={"leaves": len(meta.outside)},
             )
-
-
-def _idle_before(history: History) -> int:
-    """The longest run of kept records that nothing stepped, before the present one."""
-    reasons = history.recent("skip_reason", None)[: -history.baselines.idle]
-    ends = np.flatnonzero(np.append(reasons != SkipReason.NO_STEP, True))
-    return int(np.diff(ends, prepend=-1).max()) - 1
-
-
-def _guards(history: History) -> bool:
-    """In most of the records that nothing stepped there was something that is not finite."""
-    idle = history.baselines.idle
-    lost = (history.recent("loss_terms", idle) > 0) & ~np.isfinite(history.recent("loss", idle))
-    lost |= (history.recent("grad_nonfinite", idle) > 0).any(axis=1)
-    return bool(2 * lost.sum() > len(lost))
 
 
 _ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])

@@ -70,9 +70,8 @@ def double_softmax(history: History) -> Iterator[Finding]:
 
     The autograd graph of the first backward shows it: below `LogSoftmaxBackward0` (`cross_entropy`, `log_softmax`) or
     `BinaryCrossEntropyWithLogitsBackward0` stands `SoftmaxBackward0` or `SigmoidBackward0`, and between the two nothing but views,
-    selections, concatenations, clamps and constants that are added. Logits between 0 and 1 let the probability of one class of C rise
-    to e / (e + C - 1) at most: 0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that
-    is the loss's code.
+    selections, concatenations and clamps. Logits between 0 and 1 let the probability of one class of C rise to e / (e + C - 1) at most:
+    0.23 of ten. Names the softmax, or the innermost module in which the function runs; the root where that is the loss's code.
 
     Ignored: attention and gates, whose softmax is followed by arithmetic; a log-softmax of logarithms, which changes nothing; what runs
     in compiled code.
@@ -162,12 +161,10 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
     early = history.recorded < PATIENCE and not history.ended
-    if (
-        not jumped
-        and (early or has_learnt(history) or recovers_soon(history, SOON) or not _stands(history))
-        and not _blocks(history)
-    ):
-        return
+    if not jumped:
+        learns = has_learnt(history)
+        if learns or ((early or recovers_soon(history, SOON) or not _stands(history)) and not _blocks(history)):
+            return
     reader = _reader(history, size)
     if reader is None:
         return
