@@ -255,6 +255,8 @@ def _even(deltas: Deltas) -> _Growth | None:
     steps = level[:-1] - level[1:]
     whole = median(level[:3]) - median(level[-3:])
     each = np.median(values[:, :3], axis=1) - np.median(values[:, -3:], axis=1)
+    if float(every[:-1].max() - every[-1]) < GROWTH_STUCK:  # the last module gets as much as the first ones
+        return None
     if whole < EVEN or float(each.min()) < 0.6 * EVEN or (steps > 0).mean() < RISES or float(steps.max()) > SHARE * whole:
         return None
     return _Growth(whole, len(every) - 1, False, False, every)
