@@ -19,7 +19,7 @@ FILES = {
         f"tests.zoo.cases.{m}"
         for m in ("vision", "language", "loops", "further_a", "further_b", "pictures", "agents", "sequences", "plumbing")
     ),
-    "second": tuple(f"tests.zoo.held_out.{m}" for m in ("denoisers", "texts", "machinery")),
+    "second": tuple(f"tests.zoo.held_out.{m}" for m in ("denoisers", "texts", "players", "machinery")),
 }
 """The modules of each half; each has a list CASES. Rules are developed on the first, the second is only run to report."""
 
