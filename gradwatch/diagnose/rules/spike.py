@@ -46,6 +46,9 @@ ALONE, USUAL = 300.0, 1.5
 lie so far above them as that of their range: recurrent nets that
 begin to latch and flows that stretch jump by 40 to 180 in health, and nothing comes of it (measured)."""
 
+MATTERS = 0.1
+"""Part of what the run began with that a loss has to reach to be anything but usual: once a run has converged, one hard batch stands out."""
+
 RESTART = 2.0
 """Factor by which the learning rate rose in one of the last records: what follows is its doing."""
 
@@ -59,7 +62,7 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     largest of `SPREAD` and the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those
     parameters' first records. Names the modules that rose by `RATIO`, and by a tenth of the largest rise.
 
-    Where the loss of the record is usual, `n / median(h) >= ALONE`.
+    Where the loss of the record is usual, or below `MATTERS` of what the run began with, `n / median(h) >= ALONE`.
 
     Ignored: parameters seen fewer than 11 times, or whose gradient was other than exactly 0 in fewer than `HABITUAL` of the nine
     observations before; a rise after the learning rate's; a skipped record.
@@ -130,7 +133,9 @@ def _loss_is_usual(history: History) -> bool:
     if len(losses) < WINDOW or not np.isfinite(losses).all():
         return False
     largest, least = float(losses[:-1].max()), float(losses[:-1].min())
-    return bool(losses[-1] <= max(USUAL * largest, largest + (USUAL - 1.0) * (largest - least)))
+    first = history.baselines.first_losses
+    low = first.size > 0 and 0 < losses[-1] <= MATTERS * float(np.median(first))
+    return bool(low or losses[-1] <= max(USUAL * largest, largest + (USUAL - 1.0) * (largest - least)))
 
 
 def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:
