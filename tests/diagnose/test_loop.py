@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradwatch.diagnose.rules import gradients_not_zeroed, not_in_optimizer
 from gradwatch.history import LayerFact, Meta, ParameterFact, Pending
 from gradwatch.records import GradState, Severity, SkipReason
 from tests.diagnose.runs import STEPPED, Run, chain, change, skipped
@@ -360,3 +361,29 @@ def test_leaves_outside_of_everything_are_an_information() -> None:
     run.records(15)
     assert run.alarms() == []
     assert [a.severity for a in run.incidents.alerts] == [Severity.INFO]
+
+
+@pytest.mark.parametrize(
+    ("passes", "foreign", "owned", "told"),
+    [(10, 10, False, True), (9, 9, False, False), (10, 0, False, False), (10, 10, True, False)],
+)
+def test_tensors_that_were_replaced_under_the_optimizer(passes: int, foreign: int, owned: bool, told: bool) -> None:
+    run = Run(meta := chain(3), [not_in_optimizer])
+    run.records(20)
+    if not owned:
+        run.history.meta = change(meta, lambda f: True, owner=None)
+    run.history.pending = Pending(unowned=passes, foreign_steps=foreign, ever_stepped=True)
+    run.judge()
+    assert run.rules() == (["not_in_optimizer"] if told else [])
+    if told:
+        alert = run.only("not_in_optimizer")
+        assert (alert.severity, alert.step, len(alert.parameters)) == (Severity.ERROR, 20, 6)
+        assert alert.message.startswith("6 parameters got gradients in 10 backward passes")
+
+
+def test_gradients_that_an_optimizer_never_clears_are_kept_from_its_second_step_on() -> None:
+    run = Run(chain(3), [gradients_not_zeroed])
+    run.records(25, grad_state=np.array([0, 0, STEPPED, STEPPED, STEPPED, STEPPED], np.uint8))
+    run.record()
+    run.records(8, grad_state=np.array([STALE, STALE, STEPPED, STEPPED, STEPPED, STEPPED], np.uint8))
+    assert run.only("gradients_not_zeroed").step == 26

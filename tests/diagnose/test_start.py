@@ -654,3 +654,26 @@ def test_a_run_without_records_parameters_or_facts_upsets_none_of_them() -> None
         run.history.ended = True
         run.judge()
         assert run.notices == []
+
+
+@pytest.mark.parametrize("criterion", ["binary_cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    ("guess", "first", "told"),
+    [
+        pytest.param(0.69, 14.0, True, id="far"),
+        pytest.param(0.69, 4.1, False, id="not quite"),
+        pytest.param(0.06, 0.7, False, id="rare classes begin at equal odds"),
+        pytest.param(0.06, 14.0, True, id="rare classes, and far"),
+    ],
+)
+def test_two_classes_begin_at_equal_odds(criterion: str, guess: float, first: float, told: bool) -> None:
+    run = Run(replace(guessing(), criterion=criterion, guess=guess), [poor_init])
+    run.records(15, loss=first)
+    assert run.rules() == (["poor_init"] if told else [])
+
+
+def test_adapters_of_a_frozen_base_that_begin_at_zero_are_told_by_what_they_get() -> None:
+    meta = change(equal("1.weight", "2.weight", zero=True), lambda f: f.name == "0.weight", trainable=False)
+    run = Run(meta, [poor_init])
+    run.records(20, np.array([0.0 if f.name in ("1.weight", "2.weight") else 1.0 for f in meta.parameters]))
+    assert run.alarms() == []

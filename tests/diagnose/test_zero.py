@@ -407,3 +407,20 @@ def test_no_parameters_at_all_are_none() -> None:
     run = Run(replace(chain(2), parameters=()), [zero_gradient])
     run.records(12)
     assert run.notices == []
+
+
+@pytest.mark.parametrize("loss", [1.0, 0.5], ids=["stuck", "improving"])
+def test_matrices_that_lose_their_gradient_while_their_biases_keep_it_are_cut_off(loss: float) -> None:
+    run = Run(chain(4), [zero_gradient])
+    run.records(12)
+    zeros(run, 9, "0.weight", "1.weight", loss=loss)
+    assert run.alarms() == []
+    zeros(run, 1, "0.weight", "1.weight", loss=loss)
+    alert = run.only("zero_gradient")
+    assert (alert.severity, alert.step, alert.parameters) == (Severity.WARNING, 12, ("1.weight", "0.weight"))
+
+
+def test_a_matrix_that_never_had_a_gradient_beside_a_bias_that_has_is_given_zeros() -> None:
+    run = Run(chain(4), [zero_gradient])
+    zeros(run, 20, "0.weight")
+    assert run.alarms() == []
