@@ -398,3 +398,13 @@ def test_a_replay_says_the_same() -> None:
     healthy(run, 20)
     run.records(20, **saturated(meta, 1.0, 0.0, name="2act"))
     assert said_in_replay(run.history) == run.incidents.alerts
+
+
+def test_a_gate_that_weighs_nothing_for_now_is_not_dead_while_the_rest_learns() -> None:
+    meta = chain(4, activation="ReLU")
+    meta = replace(meta, layers=tuple(replace(f, type="Gate", activation=None) if f.name == "1act" else f for f in meta.layers))
+    run = Run(meta)
+    columns = {"activation_rms": layers(meta, m1act=0.0), "gain": layers(meta, m1act=0.0), "delta_norm": layers(meta, m1act=1.0)}
+    for i in range(24):
+        run.record(loss=0.95**i, **columns)
+    assert run.alarms() == []

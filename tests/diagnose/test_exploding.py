@@ -265,3 +265,39 @@ def test_distances_that_nobody_knows_switch_no_rule_off() -> None:
     run.records(15, growth(8, 6.0))
     assert run.rules() == ["exploding_gradient"]
     assert run.notices == []
+
+
+def test_growth_most_of_which_is_at_one_module_is_not_even() -> None:
+    levels = np.linspace(1.0, 0.0, 16)
+    levels[:8] += 1.6
+    run = Run(chain(16), [exploding_gradient])
+    run.records(15, np.repeat(10.0**levels, 2), weight_norm=KEEPS)
+    assert run.alarms() == []
+
+
+def test_even_growth_that_the_last_module_shares_is_none() -> None:
+    levels = np.linspace(2.6, 0.0, 16)
+    levels[-1] = 1.5
+    run = Run(chain(16), [exploding_gradient])
+    run.records(15, np.repeat(10.0**levels, 2), weight_norm=KEEPS)
+    assert run.alarms() == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"), [pytest.param(1.0, True, id="as at the start"), pytest.param(1e-9, False, id="starved")]
+)
+def test_what_is_left_of_a_gradient_has_no_shape(scale: float, told: bool) -> None:
+    run = Run(chain(16), [exploding_gradient])
+    run.records(10, 1.0)
+    run.records(12, scale * growth(16, 5.0), weight_norm=KEEPS)
+    assert run.rules() == (["exploding_gradient"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("pace", "told"), [pytest.param(1.3, True, id="1.3 decades in twelve records"), pytest.param(1.27, False, id="slower")]
+)
+def test_growth_without_a_pause_is_told_before_two_decades(pace: float, told: bool) -> None:
+    run = Run(chain(4), [exploding_gradient])
+    for i in range(15):
+        run.record(30.0 * pace**i, loss=pace**i, weight_norm=1.0, noise=0.0)
+    assert run.rules() == (["exploding_gradient"] if told else [])

@@ -564,3 +564,23 @@ def test_a_rule_may_return_nothing_and_name_one_layer_by_its_name() -> None:
     run = Run(chain(4), rules=[simple])
     run.records(5)
     assert [alert.layers for alert in run.alarms()] == [("0",)]
+
+
+def test_weights_that_a_clip_leaves_where_they_are_beside_an_explosion_are_its_doing() -> None:
+    assert both(finding("exploding_gradient", layers=("0",)), finding("frozen_weights", layers=("3",))) == ["exploding_gradient"]
+
+
+@pytest.mark.parametrize(("step", "folded"), [(6, True), (5, False)])
+def test_units_that_block_once_the_weights_have_grown_without_bound_are_that(step: int, folded: bool) -> None:
+    cause = finding("exploding_gradient", step=5, layers=("",), evidence={"growing": 1.0})
+    run = Run(chain(4), [at(dict.fromkeys(range(7, 10), cause), 10), at({9: finding("dead_units", step=step, layers=("1",))}, 10)])
+    run.records(9)
+    assert run.rules() == (["exploding_gradient"] if folded else ["dead_units"])
+
+
+def test_of_two_models_that_tear_each_other_along_the_first_to_grow_is_named_first() -> None:
+    first = finding("exploding_gradient", layers=("1",), evidence={"growing": 1.0})
+    then = finding("exploding_gradient", layers=("2",), evidence={"growing": 1.0})
+    run = Run(chain(4), [at({3: first, 4: then}, 10)])
+    run.records(5)
+    assert run.only("exploding_gradient").layers == ("1", "2")

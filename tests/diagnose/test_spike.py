@@ -165,3 +165,12 @@ def test_zeros_between_do_not_hide_a_spike_and_do_not_count_as_usual() -> None:
     alert = run.only("gradient_spike")
     assert (alert.step, alert.layers) == (52, ("",))
     assert alert.evidence["ratio"] == pytest.approx(50.0, rel=0.3)
+
+
+@pytest.mark.parametrize(("loss", "told"), [pytest.param(0.09, False, id="a tenth"), pytest.param(0.11, True, id="more")])
+def test_once_a_run_has_converged_one_hard_batch_stands_out_in_its_gradient(loss: float, told: bool) -> None:
+    run = Run(chain(4))
+    run.records(12)
+    run.records(20, loss=0.01)
+    run.record(250.0, loss=loss)
+    assert ("gradient_spike" in run.rules()) is told
