@@ -196,7 +196,7 @@ class Incidents:
             for i, other in enumerate(self._incidents)
             if (rank < RANK.get(other.alert.rule, -1) or dies[i])
             and other.alert.rule not in _EVENTS
-            and incident.earliest - (not _is_after_large_steps(cause, other.alert)) <= other.alert.step
+            and incident.earliest - (not _follows_steps(cause.rule, other.alert.rule)) <= other.alert.step
             and (other.alert.step <= cause.step + 1 or dies[i] or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
@@ -270,13 +270,13 @@ class Incidents:
 
 
 def _began(incident: _Incident, consequence: str) -> int:
-    """The first step at which a consequence of it may begin. A step shows in the next record; but steps before a gradient explodes are
-    no consequence of that."""
-    return incident.earliest - (consequence.startswith("update_ratio") and incident.alert.rule != "exploding_gradient")
+    """The first step at which a consequence of it may begin: a step shows in the next record."""
+    return incident.earliest - (consequence.startswith("update_ratio") and not _follows_steps(incident.alert.rule, consequence))
 
 
-def _is_after_large_steps(cause: Alert, other: Alert) -> bool:
-    return cause.rule == "exploding_gradient" and other.rule.startswith("update_ratio")
+def _follows_steps(cause: str, consequence: str) -> bool:
+    """A gradient that explodes does so after the steps that made it: those before are no consequence of it."""
+    return cause == "exploding_gradient" and consequence.startswith("update_ratio")
 
 
 def _is_its_loss(cause: Alert, consequence: Alert) -> bool:

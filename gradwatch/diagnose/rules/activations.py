@@ -98,9 +98,9 @@ def dead_units(history: History) -> Iterator[Finding]:
     A layer is sick when its `dead_fraction` (units that fired in none of the last 32 looks, or since the first, at least 10) is at
     least `DEAD` and `FLAT_TOO` of its output is flat; or when it is at least `DEAD_FROM_START`, more than chance explains, and as much of
     its output has been flat in every look since the first; or when at least `SILENT` of a rectifier's output is flat in `LASTING` looks
-    in a row (all of it, and nothing passes: `NO_WAY_OUT`), which needs no 32 of them.
-    Names the activation, or the module that a function follows, the first to run first. Of one
-    activation that stands in several places each is judged by itself: it is named with the module before it where it is sick.
+    in a row (all of it, and nothing passes: `NO_WAY_OUT`), which needs no 32 of them. Names the activation, or the module that a
+    function follows, the first to run first. Of one activation that stands in several places each is judged by itself: it is named with
+    the module before it where it is sick.
 
     Ignored: the share of zeros, 50 to 90 % of which is what a healthy ReLU does; some dead units; layers that were not called; what has
     no parameter of the same optimizer behind it (a hinge, a penalty, an output), but for an output that is silent while the loss is

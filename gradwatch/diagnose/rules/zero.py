@@ -31,9 +31,8 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
     records that reached it; or for a matrix alone that had one when the run began, while its bias still has. Zero is an exact number
     here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product
-    with 0. Names the layers next to the cut first. INFO where something that runs before
-    them gets a gradient and the loss improves: a term that weighs 0 for now, a batch without edges, parameters that are added as
-    `0 * p.sum()`.
+    with 0. Names the layers next to the cut first. INFO where something that runs before them gets a gradient and the loss improves: a
+    term that weighs 0 for now, a batch without edges, parameters that are added as `0 * p.sum()`.
 
     Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
     behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients
