@@ -17,7 +17,18 @@ from tests.zoo.run import listen
 FILES = {
     "first": tuple(
         f"tests.zoo.cases.{m}"
-        for m in ("vision", "language", "loops", "further_a", "further_b", "pictures", "agents", "sequences", "plumbing")
+        for m in (
+            "vision",
+            "language",
+            "loops",
+            "further_a",
+            "further_b",
+            "pictures",
+            "agents",
+            "sequences",
+            "plumbing",
+            "reviewed",
+        )
     ),
     "second": tuple(f"tests.zoo.held_out.{m}" for m in ("denoisers", "texts", "players", "machinery")),
 }

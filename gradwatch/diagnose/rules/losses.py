@@ -60,6 +60,9 @@ kind of batch, from `TWICE` the largest of the losses before it on."""
 
 TWICE = 2.0
 
+WORSE = 1.25
+"""Times the loss of a guess that such a batch has to reach: a head that is made anew for the next task begins at that of a guess."""
+
 OF_START = 0.5
 """Part of what the run began with below which no single loss matters: once a run has converged, one hard batch stands out."""
 
@@ -133,8 +136,8 @@ def loss_spike(history: History) -> Iterator[Finding]:
     With `L` the loss, `m` the median of the `BEFORE` losses before it and `s` the largest of `SPREAD` and the scaled MAD of their
     logarithms: `L` is `SPIKE` times the largest of those `BEFORE` and at least `OF_START` of what the run began with,
     `log(L / m) / s >= SPIKE_SCORE`, and `log(L / m)` is `JUMPS` times that of the largest of the last `LATELY` losses. Of a
-    cross-entropy that has come below `LEARNT` times ln C, and whose MAD is at most `SPREAD`, `L` above ln C and `TWICE` the largest of
-    those `BEFORE` is enough, instead of `SPIKE` times.
+    cross-entropy that has come below `LEARNT` times ln C, and whose MAD is at most `SPREAD`, `L` above `WORSE` times ln C and `TWICE`
+    the largest of those `BEFORE` is enough, instead of `SPIKE` times.
 
     Ignored: runs whose losses cannot be compared (see `loss_diverging`); a skipped record; the first `BEFORE` updates.
 
@@ -158,7 +161,7 @@ def loss_spike(history: History) -> Iterator[Finding]:
     logs = np.log(before)
     own = 1.4826 * median(np.abs(logs - median(logs)))
     learnt = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and own <= SPREAD
-    if loss < (TWICE if learnt and loss >= guess else SPIKE) * float(before.max()):
+    if loss < (TWICE if learnt and loss >= WORSE * guess else SPIKE) * float(before.max()):
         return
     score = float(np.log(loss / usual)) / max(SPREAD, own)
     lately = b.losses[-LATELY - 1 : -1]
