@@ -106,7 +106,7 @@ class Clock:
         if record.stepped:
             return self._close()
         if record.foreign_step:
-            return self._close(Outcome.DROPPED)
+            return self._close(self._of_others(record, moved))
         if cleared():
             return self._close(Outcome.BY_HAND if moved() else Outcome.SKIPPED)
         if not record.owners and moved():
@@ -224,7 +224,7 @@ class Clock:
         if record.stepped:
             return self._close()
         if record.foreign_step:
-            return self._close(Outcome.DROPPED)
+            return self._close(self._of_others(record, moved))
         if moved():
             return self._close(Outcome.BY_HAND)
         return self._close(Outcome.SKIPPED if left_out() else Outcome.UNFINISHED)
@@ -236,6 +236,11 @@ class Clock:
         self._steps.clear()
 
     # -- inside --------------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _of_others(record: Open, moved: Callable[[], bool]) -> Outcome:
+        """What a step of tensors that are not watched was: another model's, or one of master copies that were copied back."""
+        return Outcome.BY_HAND if not record.owners and moved() else Outcome.DROPPED
 
     def owners_changed(self) -> None:
         """`owner_of` has changed for slots that the open record may have reached."""

@@ -141,6 +141,8 @@ FOREIGN = {
     "this-comes-before-weights-that-moved": "b e01 F bcm=dropped/01//1 e01",
     "only-a-foreign-step-at-exit": "b e01 F Q=dropped/01//1",
     "only-a-foreign-step-at-exit-though-weights-moved": "b e01 F Qm=dropped/01//1",
+    "master-copies-step-and-are-copied-back": "b e45 F bm=by_hand/45//1 e45 F bcm=by_hand/45//1 e45 F Qm=by_hand/45//1",
+    "tensors-that-nobody-owns-and-that-stay": "b e45 F b=dropped/45//1 e45 F Q=dropped/45//1",
     "a-foreign-step-beside-an-owners": "b e01 F A( )=stepped/01/A/1 b e01 A( )=stepped/01/A/1 F",
     "a-foreign-step-between-two-owners": "b e0123 A( ) F B( )=stepped/0123/AB/1",
     "a-foreign-step-before-the-first-backward": "F b e01 bc=skipped/01//1 e01",
