@@ -267,6 +267,14 @@ def test_distances_that_nobody_knows_switch_no_rule_off() -> None:
     assert run.notices == []
 
 
+def test_the_weights_of_one_optimizer_alone_are_not_those_of_all() -> None:
+    run = Run(chain(4), [exploding_gradient])
+    turns = np.array([1.0, np.nan] * 4), np.array([np.nan, 1e4] * 4)
+    for i in range(20):
+        run.record(1.5**i, loss=1.5**i, weight_norm=turns[i % 2], noise=0.0)
+    assert run.alarms() == []
+
+
 def test_growth_most_of_which_is_at_one_module_is_not_even() -> None:
     levels = np.linspace(1.0, 0.0, 16)
     levels[:8] += 1.6

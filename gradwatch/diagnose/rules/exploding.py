@@ -431,7 +431,8 @@ def _least_weights(history: History) -> float:
     """The norm of all weights, as last looked at or as first, of the records that are kept: where weights explode, too, the gradient
     need not be large beside them."""
     looks = np.vstack((history.recent("weight_norm", 64), history.baselines.weight_norm)).astype(float)
-    looks = looks[np.isfinite(looks).any(axis=1)]
+    seen = np.isfinite(looks).sum(axis=1)
+    looks = looks[(seen > 0) & (seen == seen.max())]  # of optimizers that take turns, one is looked at at a time
     with np.errstate(over="ignore"):
         norms = np.sqrt(np.nansum(np.square(looks), axis=1))
     return float(norms.min()) if norms.size else 0.0

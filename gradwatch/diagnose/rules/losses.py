@@ -93,7 +93,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
     `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and they
-    grow `RUNAWAY` times (of a cross-entropy by how much does not matter).
+    grow `RUNAWAY` times (a cross-entropy by any factor).
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).

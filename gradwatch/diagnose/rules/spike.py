@@ -42,9 +42,9 @@ FROM_ZERO = 1e4
 among them is 10 lower."""
 
 ALONE, USUAL = 300.0, 1.5
-"""Ratio that is needed where the loss of the record is no larger than `USUAL` times the largest of the nine before it, or does not
-lie so far above them as that of their range: recurrent nets that
-begin to latch and flows that stretch jump by 40 to 180 in health, and nothing comes of it (measured)."""
+"""Ratio that is needed where the loss of the record is no larger than `USUAL` times the largest of the nine before it (or above them by less
+than half of their range): recurrent nets that begin to latch and flows that stretch jump by 40 to 180 in health, and nothing comes of it
+(measured)."""
 
 MATTERS = 0.1
 """Part of what the run began with that a loss has to reach to be anything but usual: once a run has converged, one hard batch stands out."""
