@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwatch.diagnose.rules import gradients_not_zeroed, not_in_optimizer
+from gradwatch.diagnose.rules import gradients_not_zeroed, never_stepped, not_in_optimizer
 from gradwatch.history import LayerFact, Meta, ParameterFact, Pending
 from gradwatch.records import GradState, Severity, SkipReason
 from tests.diagnose.runs import STEPPED, Run, chain, change, skipped
@@ -387,3 +387,14 @@ def test_gradients_that_an_optimizer_never_clears_are_kept_from_its_second_step_
     run.record()
     run.records(8, grad_state=np.array([STALE, STALE, STEPPED, STEPPED, STEPPED, STEPPED], np.uint8))
     assert run.only("gradients_not_zeroed").step == 26
+
+
+@pytest.mark.parametrize(("passes", "owned", "told"), [(64, True, True), (63, True, False), (64, False, False)])
+def test_a_loop_that_goes_on_with_another_optimizer(passes: int, owned: bool, told: bool) -> None:
+    run = Run(meta := chain(3), [never_stepped])
+    run.records(20)
+    if not owned:
+        run.history.meta = change(meta, lambda f: True, owner=None)  # `not_in_optimizer` tells
+    run.history.pending = Pending(unowned=passes, foreign_steps=passes, ever_stepped=True)
+    run.judge()
+    assert run.rules() == (["never_stepped"] if told else [])

@@ -78,12 +78,13 @@ def never_stepped(history: History) -> Iterator[Finding]:
 
     Yields when no watched weight has ever moved and `NO_STEPS` records in a row were cleared without a step, or `ENDLESS` backward
     passes (`NO_STEPS` when the run ends) lie in the open record, or `NO_STEPS` were dropped because only optimizers that own
-    nothing of this model stepped. Of a loop that has stepped before, only `ENDLESS` such dropped passes are its business: passes that
-    are cleared may be meant so (saliency, Fisher information, an attack on the inputs, gradients of a validation).
+    nothing of this model stepped. Of a loop that has stepped before, only `ENDLESS` such dropped passes are its business, and only where
+    an optimizer owns some of the weights (else `not_in_optimizer` tells): passes that are cleared may be meant so (saliency, Fisher
+    information, an attack on the inputs, gradients of a validation).
     """
     b, pending = history.baselines, history.pending
     if pending.ever_stepped or bool((b.stepped > 0).any()):
-        if pending.unowned >= ENDLESS:
+        if pending.unowned >= ENDLESS and not _disowned(history.meta).any():
             yield Finding(
                 "never_stepped",
                 Severity.WARNING,
@@ -185,15 +186,8 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
             message=f"{_count(int(orphans.sum()), 'parameter')} got gradients in {records} updates and no optimizer steps them",
             evidence={"updates": records, "parameters": int(orphans.sum())},
         )
-    pending = history.pending
-    lost = meta.trainable & ~meta.owned
-    if (
-        b.records
-        and pending.unowned >= ORPHANED
-        and pending.foreign_steps > 0
-        and lost.any()
-        and not (meta.trainable & meta.owned).any()
-    ):
+    pending, lost = history.pending, _disowned(meta)
+    if b.records and pending.unowned >= ORPHANED and pending.foreign_steps > 0 and lost.any():
         yield Finding(
             "not_in_optimizer",
             Severity.ERROR,
@@ -230,6 +224,11 @@ _ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])
 
 def _first_one(bits: int) -> int:
     return 10 - bits.bit_length()
+
+
+def _disowned(meta: Meta) -> NDArray[np.bool_]:
+    """`[P]`: the trainable parameters, where no optimizer owns any of them; none else."""
+    return meta.trainable & ~(meta.trainable & meta.owned).any()
 
 
 def _second_step(history: History, sick: NDArray[np.bool_]) -> int:
