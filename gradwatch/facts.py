@@ -99,7 +99,8 @@ class Meta:
             is the other); "" where it does not.
         squashed_by: the innermost module in which that runs; "" where it runs outside all modules, or in the root.
         squashed_since: the record at which that was found; 0: in the first graph.
-        criterion: name in `torch.nn.functional` of the loss of the first backward passes, where it was a mean and nothing was added to it.
+        criterion: name in `torch.nn.functional` of the loss of the first backward passes, whatever its reduction; "cross_entropies" or "sum"
+            where several losses were added up; "" where it is another one.
         guess: loss of the best constant output under it, by the targets of these passes; 0 where it is not known.
         broadcast: under it the prediction was expanded to the shape of the target.
         schema: number of the layout.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation as activations
 
 from gradwatch.capture import private, saturation
-from gradwatch.capture.loss_end import Criterion
+from gradwatch.capture.criterion import Criterion
 from gradwatch.capture.parameters import ParameterTable, as_real, materialised
 from gradwatch.facts import SYMMETRY_AFTER, LayerFact, Meta, ParameterFact
 

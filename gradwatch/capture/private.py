@@ -46,6 +46,14 @@ def saved_number(node: Any, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def saved_integer(node: Any, name: str) -> int | None:
+    """A signed integer that an autograd node keeps, which torch gives as an unsigned one of 64 bits: -1 is the largest of them."""
+    value = getattr(node, f"_saved_{name}", None)
+    if not isinstance(value, int):
+        return None
+    return value - 2**64 if value >= 2**63 else value
+
+
 def saved_tensor(node: Any, name: str) -> Tensor | None:
     """A tensor that an autograd node keeps; None where it has none of this name, where it has been freed, and where it was packed by
     somebody's hooks: to read what lies in a checkpoint would start a recomputation.

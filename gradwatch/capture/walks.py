@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradwatch.capture import private
 from gradwatch.capture.graph import find_unregistered, walk
-from gradwatch.capture.loss_end import Criterion, Squashed, criterion, squashed
+from gradwatch.capture.criterion import Criterion, criterion
+from gradwatch.capture.loss_end import Squashed, squashed
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable
 from gradwatch.capture.roles import Roles, roles

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradwatch.capture import loss_end, parameters, private
-from gradwatch.capture.loss_end import Criterion, criterion, squashed
+from gradwatch.capture import criterion as criterion_module
+from gradwatch.capture import parameters, private
+from gradwatch.capture.criterion import Criterion, criterion
+from gradwatch.capture.loss_end import squashed
 from tests.test_counts import Operators
 
 EXPANDS = pytest.mark.filterwarnings("ignore:Using a target size")
@@ -198,23 +200,17 @@ class OwnLoss(torch.autograd.Function):
 
 
 UNKNOWN: dict[str, Callable[[], Tensor]] = {
-    "sum": lambda: F.cross_entropy(scores(8, 5), labels(8), reduction="sum"),
-    "none-then-mean": lambda: F.cross_entropy(scores(8, 5), labels(8), reduction="none").mean(),
-    "mse-sum": lambda: F.mse_loss(scores(8), values(8), reduction="sum"),
-    "mse-none-then-mean": lambda: F.mse_loss(scores(8), values(8), reduction="none").mean(),
-    "mse-sum-over-n": lambda: nn.MSELoss(reduction="sum")(scores(8), values(8)) / 8,
-    "l1-sum": lambda: F.l1_loss(scores(8), values(8), reduction="sum"),
-    "huber-sum": lambda: F.huber_loss(scores(8), values(8), reduction="sum"),
-    "smooth-l1-sum": lambda: F.smooth_l1_loss(scores(8), values(8), reduction="sum"),
-    "bce-sum": lambda: F.binary_cross_entropy_with_logits(scores(8), shares(8), reduction="sum"),
-    "label-smoothing": lambda: F.cross_entropy(scores(8, 5), labels(8), label_smoothing=0.1),
-    "class-probabilities": lambda: F.cross_entropy(scores(8, 5), values(8, 5).softmax(-1)),
     "nll-of-logarithms": lambda: F.nll_loss(scores(8, 5).softmax(-1).log(), labels(8)),
     "nll-of-anything": lambda: F.nll_loss(scores(8, 5), labels(8)),
-    "kl": lambda: F.kl_div(F.log_softmax(scores(8, 5), -1), values(8, 5).softmax(-1), reduction="batchmean"),
-    "two-losses": lambda: F.mse_loss(scores(8), values(8)) + F.mse_loss(scores(8, seed=5), values(8)),
-    "a-penalty": lambda: F.mse_loss(scores(8), values(8)) + 1e-4 * scores(3).square().sum(),
     "negated": lambda: -F.mse_loss(scores(8), values(8)),
+    "mostly-a-gain": lambda: F.mse_loss(scores(8), values(8)) - 90 * scores(8).square().mean(),
+    "less-a-known-one": lambda: F.mse_loss(scores(8), values(8)) - 3 * F.cross_entropy(scores(8, 5), labels(8)),
+    "a-penalty-alone": lambda: 1e-4 * scores(3).square().sum() + scores(4).abs().sum(),
+    "rows-of-unequal-weight": lambda: (F.cross_entropy(scores(8, 5), labels(8), reduction="none") * values(8)).mean(),
+    "a-row-added-to-a-matrix": lambda: (F.mse_loss(scores(8, 3), values(8, 3), reduction="none") + scores(3).square()).mean(),
+    "shares-of-the-model-s-own": lambda: -(scores(8, 5).softmax(-1) * F.log_softmax(scores(8, 5), -1)).sum(-1).mean(),
+    "a-gain-in-logarithms": lambda: (values(8, 5) * F.log_softmax(scores(8, 5), -1)).mean(),
+    "advantages-of-both-signs": lambda: -(values(8).sub(2) * F.log_softmax(scores(8, 5), -1)[:, 0]).mean(),
     "times-minus-one": lambda: F.mse_loss(scores(8), values(8)) * -1.0,
     "over-zero": lambda: F.mse_loss(scores(8), values(8)) / 0.0,
     "over-a-tensor-of-zero": lambda: F.mse_loss(scores(8), values(8)) / torch.zeros(()),
@@ -233,7 +229,6 @@ UNKNOWN: dict[str, Callable[[], Tensor]] = {
     "weighted-squares": lambda: (values(8) * (scores(8) - values(8)) ** 2).mean(),
     "squares-of-outputs": lambda: scores(8).square().mean(),
     "squares-of-sums": lambda: ((scores(8) + values(8)) ** 2).mean(),
-    "sum-of-squares": lambda: ((scores(8) - values(8)) ** 2).sum(),
     "squares-of-one": lambda: ((scores(1) - values(1)) ** 2).mean(),
     "squares-of-a-scalar": lambda: ((scores(1)[0] - values(1)[0]) ** 2).mean(),
     "minus-the-mean-of-squares": lambda: ((scores(8) - values(8)) ** 2).mean() * -1.0,
@@ -293,9 +288,137 @@ def test_factors_are_the_guess_s_too(base: Callable[[], Tensor], change: Callabl
 
 def test_more_factors_than_anybody_writes_are_given_up() -> None:
     loss = F.cross_entropy(scores(8, 5), labels(8))
-    for _ in range(20):
+    for _ in range(200):
         loss = loss * 1.0
     assert of(loss) is None
+
+
+# -- reductions, and sums of several terms -------------------------------------------------------------------------------------------
+
+Y = values(8, 3)
+MSE = best_constant(F.mse_loss, Y)
+BCE = best_constant(F.binary_cross_entropy_with_logits, shares(40, 2))
+P = values(8, 5).softmax(-1)
+KL = LN5 + float((P * P.log()).sum(-1).mean())
+PENALTY = 1e-1 * float(scores(3).detach().square().sum())
+
+
+def of_none(loss: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    return loss(*given, reduction="none")
+
+
+TAKEN_APART: dict[str, tuple[Callable[[], Tensor], str, float]] = {
+    "sum": (lambda: F.cross_entropy(scores(8, 5), labels(8), reduction="sum"), "cross_entropy", 8 * LN5),
+    "none-then-mean": (lambda: of_none(F.cross_entropy, scores(8, 5), labels(8)).mean(), "cross_entropy", LN5),
+    "none-then-sum": (lambda: of_none(F.cross_entropy, scores(8, 5), labels(8)).sum() / 4, "cross_entropy", 2 * LN5),
+    "tokens-summed-and-averaged": (
+        lambda: of_none(F.cross_entropy, scores(6, 5, 7), labels(6, 7)).sum(1).mean(),
+        "cross_entropy",
+        7 * LN5,
+    ),
+    "mse-sum": (lambda: F.mse_loss(scores(8, 3), Y, reduction="sum"), "mse_loss", 24 * MSE),
+    "mse-sum-over-rows": (lambda: nn.MSELoss(reduction="sum")(scores(8, 3), Y) / len(Y), "mse_loss", 3 * MSE),
+    "mse-none-then-mean": (lambda: of_none(F.mse_loss, scores(8, 3), Y).mean(1).mean(), "mse_loss", MSE),
+    "bce-of-an-autoencoder": (
+        lambda: of_none(F.binary_cross_entropy_with_logits, scores(40, 2), shares(40, 2)).sum(1).mean(),
+        "binary_cross_entropy_with_logits",
+        2 * BCE,
+    ),
+    "two-losses": (lambda: F.mse_loss(scores(8, 3), Y) + 2 * F.mse_loss(scores(8, 3, seed=5), Y), "mse_loss", 3 * MSE),
+    "sum-of-a-list": (
+        lambda: sum([F.mse_loss(scores(8, 3), Y), F.mse_loss(scores(8, 3, seed=5), Y)], start=torch.zeros(())) / 2,
+        "mse_loss",
+        MSE,
+    ),
+    "stacked-and-averaged": (
+        lambda: torch.stack([F.mse_loss(scores(8, 3, seed=i), Y) for i in range(3)]).mean(),
+        "mse_loss",
+        MSE,
+    ),
+    "stacked-and-added": (
+        lambda: torch.stack([F.mse_loss(scores(8, 3, seed=i), Y) for i in range(3)]).sum(),
+        "mse_loss",
+        3 * MSE,
+    ),
+    "elements-added": (
+        lambda: (of_none(F.mse_loss, scores(8, 3), Y) + of_none(F.mse_loss, scores(8, 3, seed=4), Y)).mean(),
+        "mse_loss",
+        2 * MSE,
+    ),
+    "two-kinds": (lambda: F.mse_loss(scores(8, 3), Y) + F.cross_entropy(scores(8, 5), labels(8)), "sum", MSE + LN5),
+    "classes-and-marks": (
+        lambda: F.cross_entropy(scores(8, 5), labels(8)) + 0.5 * F.binary_cross_entropy_with_logits(scores(40, 2), shares(40, 2)),
+        "cross_entropies",
+        LN5 + 0.5 * BCE,
+    ),
+    "a-constant": (lambda: F.mse_loss(scores(8, 3), Y) + 5.0, "mse_loss", MSE + 5.0),
+    "less-a-constant": (lambda: 2.0 - (1.0 - F.cross_entropy(scores(8, 5), labels(8))), "cross_entropy", LN5 + 1.0),
+    "a-penalty": (lambda: F.mse_loss(scores(8, 3), Y) + 1e-1 * scores(3).square().sum(), "sum", MSE + PENALTY),
+    "a-penalty-of-classes": (
+        lambda: F.cross_entropy(scores(8, 5), labels(8)) + 1e-1 * scores(3).square().sum(),
+        "cross_entropies",
+        LN5 + PENALTY,
+    ),
+    "an-entropy-bonus": (
+        lambda: F.mse_loss(scores(8, 3), Y) - 1e-2 * scores(3).square().sum(),
+        "sum",
+        MSE - PENALTY / 10,
+    ),
+    "by-hand-and-by-name": (
+        lambda: F.mse_loss(scores(8, 3), Y) + 0 * ((scores(8, 3) - Y) ** 2).mean() + F.mse_loss(scores(8, 3), Y),
+        "sum",
+        2 * MSE,
+    ),
+    "squares-added": (lambda: ((torch.zeros(8, 3, requires_grad=True) * 1 - Y) ** 2).sum(), "mse_loss", 24 * MSE),
+    "class-probabilities": (lambda: F.cross_entropy(scores(8, 5), P), "cross_entropy", LN5),
+    "class-probabilities-by-hand": (lambda: -(P * scores(8, 5).log_softmax(-1)).sum(-1).mean(), "cross_entropy", LN5),
+    "masked-rows-of-probabilities": (
+        lambda: -(P * (torch.arange(8) < 4)[:, None] * scores(8, 5).log_softmax(-1)).sum() / 4,
+        "cross_entropy",
+        LN5,
+    ),
+    "kl": (lambda: F.kl_div(F.log_softmax(scores(8, 5), -1), P, reduction="batchmean"), "cross_entropy", KL),
+    "distillation": (
+        lambda: 4 * F.kl_div(F.log_softmax(scores(8, 5) / 2, 1), P, reduction="batchmean"),
+        "cross_entropy",
+        4 * KL,
+    ),
+    "kl-of-logarithms": (
+        lambda: (
+            F.cross_entropy(scores(8, 5), labels(8))
+            + F.kl_div(F.log_softmax(scores(8, 5), -1), P.log(), log_target=True, reduction="batchmean")
+        ),
+        "cross_entropies",
+        LN5 + float(F.kl_div(F.log_softmax(scores(8, 5).detach(), -1), P, reduction="batchmean")),
+    ),
+    "ignored-labels-and-a-penalty": (
+        lambda: F.cross_entropy(scores(8, 5), labels(8), ignore_index=2) + 1e-1 * scores(3).square().sum(),
+        "cross_entropies",
+        LN5 + PENALTY,
+    ),
+}
+"""A loss that is taken apart, the name of what is found, and its guess."""
+
+
+@pytest.mark.parametrize(("make", "name", "guess"), TAKEN_APART.values(), ids=TAKEN_APART)
+def test_reductions_and_sums_are_taken_apart(make: Callable[[], Tensor], name: str, guess: float) -> None:
+    assert of(make()) == (name, pytest.approx(guess, rel=1e-5), False)
+    assert of(make() * 64.0, 64.0) == (name, pytest.approx(guess, rel=1e-4), False)
+
+
+def test_smoothed_labels_cost_at_a_guess_about_what_equal_logits_do() -> None:
+    found = of(F.cross_entropy(torch.zeros(8, 5, requires_grad=True) * 1, labels(8), label_smoothing=0.2))
+    assert found == ("cross_entropies", pytest.approx(LN5, rel=1e-5), False)
+
+
+def test_a_sum_whose_loss_scale_is_on_a_device_has_no_unknown_terms() -> None:
+    loss = F.cross_entropy(scores(8, 5), labels(8))
+    assert of(loss + 0.1 * scores(3).square().sum(), math.nan) is None
+
+
+def test_more_terms_than_anybody_adds_are_given_up() -> None:
+    many = torch.stack([F.mse_loss(scores(8, 3), Y) for _ in range(200)]).sum()
+    assert of(many) is None
 
 
 # -- the guess ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +514,7 @@ def test_losses_of_nothing_have_no_guess() -> None:
 
 
 def test_many_targets_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_end, "_TARGETS", 100)
+    monkeypatch.setattr(criterion_module, "_TARGETS", 100)
     assert of(F.mse_loss(scores(100), values(100))) == ("mse_loss", pytest.approx(best_constant(F.mse_loss, values(100))), False)
     assert of(F.mse_loss(scores(101), values(101))) == ("mse_loss", 0.0, False)
     assert of(((scores(101) - values(101)) ** 2).mean()) is None

@@ -78,6 +78,9 @@ BALANCED = 0.5
 """Loss of a guess from which a binary cross-entropy is one of two classes about as frequent as each other. Of rarer ones the first batches do
 not tell what a guess costs."""
 
+EVEN = 0.7
+"""Loss of a guess up to which it is one mean: ln 2, and something for rounding."""
+
 SMOOTH = 5
 """Losses whose median says where the loss was."""
 
@@ -198,7 +201,9 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         ...         step(F.cross_entropy(model(x), torch.randint(10, (64,))))
     """
     meta, b = history.meta, history.baselines
-    classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (meta.criterion in BINARY and meta.guess >= BALANCED)
+    classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (
+        meta.criterion in BINARY and BALANCED <= meta.guess <= EVEN
+    )
     if history.recorded < FLAT_UPDATES or not (classes or meta.broadcast):
         return
     losses = history.recent("loss", FLAT_UPDATES).astype(float)

@@ -161,9 +161,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
     early = history.recorded < PATIENCE and not history.ended
-    if not jumped:
-        learns = has_learnt(history)
-        if learns or ((early or recovers_soon(history, SOON) or not _stands(history)) and not _blocks(history)):
+    if not jumped and not _blocks(history):
+        if has_learnt(history) or ((early or recovers_soon(history, SOON) or not _stands(history)) and not _began_far(history)):
             return
     reader = _reader(history, size)
     if reader is None:
@@ -181,8 +180,23 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
 
 
 def _blocks(history: History) -> bool:
-    """Some activation has passed nothing since the first updates."""
-    return any(f.step < WINDOW // 2 for rule in (saturated_activation, dead_units) for f in rule(history))
+    """Some activation has passed nothing since the first updates, and that will be told: by this name, for it is the cause."""
+    return any(
+        f.step < WINDOW // 2 and f.severity >= Severity.WARNING
+        for rule in (saturated_activation, dead_units)
+        for f in rule(history)
+    )
+
+
+def _began_far(history: History) -> bool:
+    """The first loss was `FAR_FROM_A_GUESS` times that of a guess, and those since are `STILL_FAR` times it."""
+    losses, guess = history.baselines.losses[-WINDOW:], guess_of(history)
+    losses = losses[np.isfinite(losses)]
+    if not guess > 0 or not losses.size or not history.baselines.first_losses.size:
+        return False
+    rare = history.meta.criterion in BINARY and history.meta.guess < np.log(2.0)  # of rare classes a network begins with equal odds
+    first = FAR_FROM_A_GUESS * guess * (float(np.log(2.0)) / history.meta.guess if rare else 1.0)
+    return float(history.baselines.first_losses[0]) >= first and median(losses) >= STILL_FAR * guess
 
 
 def _stands(history: History) -> bool:
@@ -263,10 +277,12 @@ def _symmetric(history: History) -> Finding | None:
 
 def _far_from_a_guess(history: History) -> Finding | None:
     meta, b = history.meta, history.baselines
-    if meta.criterion not in ("cross_entropy", *BINARY) or not meta.guess > 0 or not b.first_losses.size:
+    if meta.criterion not in ("cross_entropy", "cross_entropies", *BINARY) or not meta.guess > 0 or not b.first_losses.size:
         return None
     guess = guess_of(history) or meta.guess  # every loss may have been lost
     if meta.criterion in BINARY:  # of rare classes a network cannot know how rare they are
+        if meta.guess > np.log(2.0):
+            return None  # a sum, of which that cannot be told
         guess *= max(1.0, float(np.log(2.0)) / meta.guess)
     first = float(b.first_losses[0])
     if not first >= FAR_FROM_A_GUESS * guess:

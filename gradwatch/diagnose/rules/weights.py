@@ -60,6 +60,11 @@ GROWS = 1.5
 PATIENCE = 14
 """Updates before that is judged: Adam's first step on tiny weights replaces them, and the next ones learn."""
 
+LARGE_ONCE, LARGE_ON = 0.5, 0.1
+"""Update ratio of one look, and median one of the last `LOOKS`, from which steps are too large where the losses since lie `WORSE` times
+above what the run began with and above that of a guess: healthy AdamW runs begin near 0.1, and no healthy run gets worse than untrained
+by what it did to its weights."""
+
 JUMP = 10.0
 """Times the median of the looks before from which a ratio of `SUSTAINED` is a jump: a learning rate that is raised too far. What it did
 shows in the loss at once."""
@@ -145,6 +150,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
     With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
     sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses
     are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Or
+    `r >= LARGE_ONCE` in one look and a median of `LARGE_ON`, and the last losses are `WORSE` times what the run began with. Or
     `r >= SUSTAINED` in one look, `JUMP` times the median of the `LOOKS` looks before it, and the first `AFTER` losses since, and most of
     the last, are `WORSE` than those before. Matrices that began at zero are left out.
 
@@ -171,9 +177,17 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         jump = _jump(history, ratios, steps)
         if jump is not None:
             ratios, steps, at_once = ratios[jump:], steps[jump:], float(ratios[jump:].max())
-        elif not (at_once >= AT_ONCE or usual >= SUSTAINED):
+        elif not (
+            at_once >= AT_ONCE or usual >= SUSTAINED or (at_once >= LARGE_ONCE and usual >= LARGE_ON and _got_worse(history))
+        ):
             continue
-        since = 0 if jump is not None else _since_large(ratios) if usual >= SUSTAINED else int(np.argmax(ratios >= AT_ONCE))
+        since = (
+            0
+            if jump is not None
+            else _since_large(ratios)
+            if usual >= SUSTAINED
+            else int(np.argmax(ratios >= min(AT_ONCE, at_once)))
+        )
         step = int(steps[since])
         if jump is None and learnt and not _did_harm(history, step):
             continue
@@ -328,6 +342,16 @@ def _jump(history: History, ratios: NDArray[np.float64], steps: NDArray[np.int64
         worse = ~(after < WORSE * median(before))  # a loss that is lost is worse
         return int(i) if bool(worse[:AFTER].all()) and 2 * int(worse[-AFTER:].sum()) > AFTER else None
     return None
+
+
+def _got_worse(history: History) -> bool:
+    """The last losses lie above what the run began with, and above that of the best constant output where that is known."""
+    b = history.baselines
+    recent = b.losses[-WINDOW // 2 :]
+    recent = recent[np.isfinite(recent)]
+    if not b.first_losses.size or len(recent) < WINDOW // 4:
+        return False
+    return median(recent) >= WORSE * max(float(b.first_losses[0]), guess_of(history)) > 0
 
 
 def _did_harm(history: History, step: int) -> bool:
