@@ -203,6 +203,9 @@ def _by_hand(node: Any, factor: float) -> _Term | None:
     if not factor > 0 or not (square or name_of(node) == "Abs"):
         return None
     difference, minus = private.saved_tensor(node, "self"), node.next_functions[0][0]
+    if minus is not None and name_of(minus) in ("Mul", "Div"):  # by a standard deviation that is a number
+        below = [child for child, _ in minus.next_functions if child is not None]
+        minus = below[0] if len(below) == 1 and _number_of(minus) is not None else minus
     if difference is None or minus is None or name_of(minus) != "Sub":
         return None
     sides = [side for side in minus.next_functions if side[0] is not None]
@@ -225,7 +228,7 @@ def _of_shares(node: Any, factor: float) -> _Term | None:
     sides = [(k, side) for k, side in enumerate(node.next_functions) if side[0] is not None]
     if len(sides) != 1 or not factor < 0:
         return None
-    ((place, (given, number)),) = sides
+    ((place, (given, _)),) = sides
     soft = through(given, SAME_VALUES)
     shares = private.saved_tensor(node, "self" if place else "other")
     logs, axis = private.saved_tensor(soft, "result"), private.saved_integer(soft, "dim")
@@ -334,11 +337,8 @@ def _below(node: Any, factor: float, scaled_on_device: bool = False) -> tuple[An
         elif name == "Neg":
             factor = -factor
         elif name in ("Mul", "Div"):
-            number = private.saved_number(node, "other")
-            other = torch.tensor(number) if number is not None else private.saved_tensor(node, "other")
+            other = _number_of(node)
             if other is None:
-                other = private.saved_tensor(node, "self")
-            if other is None or other.numel() != 1 or other.is_complex():
                 break
             if scaled_on_device and not on_host(other) and name == "Mul":
                 scaled_on_device, factor = False, 1.0 if math.isnan(factor) else factor
@@ -361,6 +361,15 @@ def _below(node: Any, factor: float, scaled_on_device: bool = False) -> tuple[An
             break
         node = below[0][0]
     return node, factor
+
+
+def _number_of(node: Any) -> Tensor | None:
+    """The number that a node multiplies or divides by; None where that is no single real one."""
+    number = private.saved_number(node, "other")
+    other = torch.tensor(number) if number is not None else private.saved_tensor(node, "other")
+    if other is None:
+        other = private.saved_tensor(node, "self")
+    return None if other is None or other.numel() != 1 or other.is_complex() else other
 
 
 def _numel(node: Any, number: int) -> int | None:

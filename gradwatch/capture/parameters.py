@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gradwatch.capture import private
 
@@ -62,7 +63,7 @@ class ParameterTable:
     Attributes:
         params: the parameter of each slot.
         names: its first qualified name.
-        layers: qualified name of the module that holds it.
+        layers: qualified name of the module that holds it; of a parametrized one that of the module whose weight it makes.
         columns: int64 `[S]`: its column in the history, -1 once the model does not hold it any more.
         slot_of: `id(parameter)` -> slot, for those that the model holds.
         in_order: slots and columns are the same.
@@ -129,7 +130,7 @@ class ParameterTable:
                     self.params.append(parameter)
                     self.names.append("")
                     self.layers.append("")
-                self.names[slot], self.layers[slot] = _join(layer, name), layer
+                self.names[slot], self.layers[slot] = _join(layer, name), _home(layer, module)
                 slot_of[id(parameter)] = slot
                 order.append(slot)
         self.slot_of = slot_of
@@ -139,6 +140,13 @@ class ParameterTable:
         self.in_order = bool((self.columns == np.arange(len(self.params))).all())
         self._lazy = [p for p in self.params if isinstance(p, UninitializedParameter)]
         self.trainable = [p.requires_grad for p in self.params]
+
+
+def _home(layer: str, module: nn.Module) -> str:
+    """The module whose parameter it is: a parametrization's (`0.parametrizations.weight`) that of the layer (`0`)."""
+    if not isinstance(module, ParametrizationList):
+        return layer
+    return layer.rpartition("parametrizations.")[0].rstrip(".")
 
 
 HOST = "cpu"

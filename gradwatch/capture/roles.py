@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,12 @@ _VIEWS = (
 )
 
 
+_ELEMENTWISE = ("DivBackward", "MulBackward", "SubBackward", "AddBackward")
+
+MANY, NONE = -2, -1
+"""In place of a parameter's slot: several, none."""
+
+
 @dataclass(slots=True)
 class Roles:
     """Slots of parameters by their place in the graph.
@@ -44,7 +51,8 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
     """Find both in the graph below `roots`.
 
     An operator *uses* the parameters that it takes directly or through views (a transposed weight). An operator of parameters alone
-    (a weight norm, a penalty) uses none in this sense: data has to flow through it.
+    (a weight norm, a penalty) uses none in this sense: data has to flow through it. What a parameter becomes by arithmetic with
+    something that depends on it alone (its spectral norm) counts as that parameter.
 
     Args:
         roots: tensors (or gradient edges) of which the derivative is taken.
@@ -56,21 +64,30 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
     ]
     found = Roles()
     used: dict[Any, tuple[int, ...]] = {}
+    begins: dict[Any, tuple[int, ...]] = {}
     depends: dict[Any, bool] = {}
+    alone: dict[Any, int] = {}
+    made: dict[Any, int] = {}
     stack = [(node, False) for node in starts]
     while stack:
         node, below_is_done = stack.pop()
         children = [child for child, _ in node.next_functions]
         if below_is_done:
             # Views of one parameter are not operators of their own: what takes them is.
-            own = tuple(slot for child in children if child is not None and (slot := _parameter(child, slot_of)) is not None)
-            rest = [child for child in children if child is not None and _parameter(child, slot_of) is None]
+            slots = [None if child is None else _parameter(child, slot_of, made) for child in children]
+            own = tuple(slot for slot in slots if slot is not None)
+            rest = [child for child, slot in zip(children, slots, strict=True) if child is not None and slot is None]
             flows = any(depends.get(child, False) for child in rest)
             depends[node] = bool(own) or flows
-            if own and (len(children) > len(own) or type(node).__name__.startswith("Embedding")):
+            below = {*own, *(alone.get(child, NONE) for child in rest)} - {NONE}
+            alone[node] = below.pop() if len(below) == 1 else MANY if below else NONE
+            if len(own) == 1 and flows and alone[node] == own[0] and type(node).__name__.startswith(_ELEMENTWISE):
+                made[node] = own[0]
+                _forget(rest, used, begins)
+            elif own and (len(children) > len(own) or type(node).__name__.startswith("Embedding")):
                 used[node] = own
                 if not flows:
-                    found.inputs.update(own)
+                    begins[node] = own
         elif node not in depends:
             if len(depends) > limit:
                 return Roles()
@@ -79,6 +96,7 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
             stack.extend(
                 (child, False) for child in children if child is not None and child not in depends and _is_operator(child, slot_of)
             )
+    found.inputs.update(*begins.values())
     seen: set[Any] = set()
     heads = list(starts)
     while heads:
@@ -93,13 +111,28 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
     return found
 
 
+def _forget(nodes: list[Any], *uses: dict[Any, tuple[int, ...]]) -> None:
+    """Take out what operators below some nodes use."""
+    todo, seen = list(nodes), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for use in uses:
+            use.pop(node, None)
+        todo.extend(child for child, _ in node.next_functions)
+
+
 def _is_operator(node: Any, slot_of: Mapping[int, int]) -> bool:
     return getattr(node, "variable", None) is None and _parameter(node, slot_of) is None
 
 
-def _parameter(node: Any, slot_of: Mapping[int, int]) -> int | None:
-    """The slot of the parameter that a node is, or is a view of."""
+def _parameter(node: Any, slot_of: Mapping[int, int], made: Mapping[Any, int] = MappingProxyType({})) -> int | None:
+    """The slot of the parameter that a node is, is a view of, or was made of alone."""
     for _ in range(8):
+        if node in made:
+            return made[node]
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             return slot_of.get(id(leaf))

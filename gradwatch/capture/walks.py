@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.graph import find_unregistered, walk
 from gradwatch.capture.criterion import Criterion, criterion
+from gradwatch.capture.graph import find_unregistered, walk
 from gradwatch.capture.loss_end import Squashed, squashed
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable

@@ -370,6 +370,11 @@ TAKEN_APART: dict[str, tuple[Callable[[], Tensor], str, float]] = {
         2 * MSE,
     ),
     "squares-added": (lambda: ((torch.zeros(8, 3, requires_grad=True) * 1 - Y) ** 2).sum(), "mse_loss", 24 * MSE),
+    "a-gaussian-of-known-deviation": (
+        lambda: 0.5 * (((torch.zeros(8, 3, requires_grad=True) * 1 - Y) / 0.2) ** 2).sum(1).mean(),
+        "mse_loss",
+        0.5 * 3 * 25 * MSE,
+    ),
     "class-probabilities": (lambda: F.cross_entropy(scores(8, 5), P), "cross_entropy", LN5),
     "class-probabilities-by-hand": (lambda: -(P * scores(8, 5).log_softmax(-1)).sum(-1).mean(), "cross_entropy", LN5),
     "masked-rows-of-probabilities": (

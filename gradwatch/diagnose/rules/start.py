@@ -161,9 +161,9 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     since, before = _since(history, size)
     jumped = before > 0 and size >= LARGE * before
     early = history.recorded < PATIENCE and not history.ended
-    if not jumped and not _blocks(history):
-        if has_learnt(history) or ((early or recovers_soon(history, SOON) or not _stands(history)) and not _began_far(history)):
-            return
+    far = _began_far(history) or (not early and not recovers_soon(history, SOON) and _stands(history))
+    if not jumped and not _blocks(history) and (has_learnt(history) or not far):
+        return
     reader = _reader(history, size)
     if reader is None:
         return
