@@ -148,7 +148,7 @@ class Incidents:
             poisoned = alert.rule in POISON and finding.rule in POISON
             if poisoned and alert.step <= finding.step:
                 return incident
-            if alert.rule == finding.rule:
+            if alert.rule == finding.rule or _is_news(alert, finding):
                 continue
             if RANK[alert.rule] < rank and _began(incident, finding.rule) <= finding.step and touches(alert, finding, history):
                 return incident
@@ -277,6 +277,11 @@ def _began(incident: _Incident, consequence: str) -> int:
 def _follows_steps(cause: str, consequence: str) -> bool:
     """A gradient that explodes does so after the steps that made it: those before are no consequence of it."""
     return cause == "exploding_gradient" and consequence.startswith("update_ratio")
+
+
+def _is_news(cause: Alert, consequence: Finding) -> bool:
+    """A loss that is gone for good is told, whatever steps or gradients were told before: it is what the user goes by."""
+    return consequence.rule == "loss_diverging" and (cause.rule == "update_ratio_too_large" or "growing" in cause.evidence)
 
 
 def _is_its_loss(cause: Alert, consequence: Alert) -> bool:

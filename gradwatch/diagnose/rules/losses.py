@@ -163,7 +163,7 @@ def loss_spike(history: History) -> Iterator[Finding]:
         return
     logs = np.log(before)
     own = 1.4826 * median(np.abs(logs - median(logs)))
-    learnt = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and own <= SPREAD
+    learnt = history.meta.criterion == "cross_entropy" and guess > 0 and usual <= LEARNT * guess and own <= 2 * SPREAD
     if loss < (TWICE if learnt and loss >= WORSE * guess else SPIKE) * float(before.max()):
         return
     score = float(np.log(loss / usual)) / max(SPREAD, own)

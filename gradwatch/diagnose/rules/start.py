@@ -26,7 +26,7 @@ FAR_FROM_A_GUESS = 6.0
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
 deviation of 5 over 10 classes at 3.5 (computed)."""
 
-SURELY_FAR = 20.0
+SURELY_FAR = 16.0
 """The same from which it needs no look at how the loss goes on: what is nearer often recovers within some tens of updates (an embedding of
 PyTorch's default size that is tied to the head: 14)."""
 

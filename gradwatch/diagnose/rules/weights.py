@@ -89,7 +89,8 @@ def frozen_weights(history: History) -> Iterator[Finding]:
 
     Yields when its last `UNCHANGED` looks after a step of its owner found all elements, compared one by one, bit for bit what they were
     before (`GradState.SAME`), and its gradient was other than zero in all of the last ten, not `STARVED`, and not `FAINT` beside the
-    weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, INFO where only vectors are.
+    weights (or the learning rate is 0); or was cleared before the step. WARNING where a matrix is among them, or all are vectors of half
+    precision beside matrices that move (gains of norms that are 1.0 for ever in bfloat16); INFO where only other vectors are.
 
     Ignored: parameters that do not require a gradient or have none; the end of a schedule (a learning rate that is not 0 but below
     `END_OF_SCHEDULE` of the largest that it has had); a warm-up that begins at 0, which is over after an update or two; everything while
@@ -122,13 +123,15 @@ def frozen_weights(history: History) -> Iterator[Finding]:
     solid = columns[meta.ndim[columns] >= 2] if matrices else columns
     rate = _rate(history, columns)
     gone = int(cleared[columns].sum())
+    half = sum(meta.parameters[i].dtype in ("float16", "bfloat16") for i in columns)
+    rounds = half == len(columns) and _moves(history)
     why = ": the gradients were cleared before it" if gone == len(columns) else ""
     if not why and np.isfinite(rate):
         why = f": the learning rate is {rate:.2g}"
     what = f"{len(columns)} parameters" if len(columns) > 1 else meta.parameters[columns[0]].name
     yield Finding(
         "frozen_weights",
-        Severity.WARNING if matrices else Severity.INFO,
+        Severity.WARNING if matrices or rounds else Severity.INFO,
         _since_the_same(history, solid),
         parameters=named(meta, columns),
         message=f"no step changes a bit of {what}, though gradients reach {'them' if len(columns) > 1 else 'it'}{why}",
@@ -137,7 +140,7 @@ def frozen_weights(history: History) -> Iterator[Finding]:
             "matrices": matrices,
             "lr": rate,
             "cleared": gone,
-            "half_precision": sum(meta.parameters[i].dtype in ("float16", "bfloat16") for i in columns),
+            "half_precision": half,
         },
     )
 
@@ -250,6 +253,12 @@ def update_ratio_too_small(history: History) -> Iterator[Finding]:
             message=f"an update changes the weights by {ratio:.0e} of their size, and the loss does not improve",
             evidence={"update_ratio": ratio, "lr": _rate(history, columns), "gradient_ratio": _gradient_ratio(history, columns)},
         )
+
+
+def _moves(history: History) -> bool:
+    """The steps are large enough for some matrix."""
+    b = history.baselines
+    return bool((b.update_ratio[history.meta.ndim >= 2] >= MOVES).any())
 
 
 def _is_untrained(history: History) -> bool:
