@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gradwatch.capture import private
+
 MAX_NODES = 100_000
 """Nodes looked at; 3 us each (measured), once for each graph. A larger graph has no roles."""
 
@@ -81,8 +83,12 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
             depends[node] = bool(own) or flows
             below = {*own, *(alone.get(child, NONE) for child in rest)} - {NONE}
             alone[node] = below.pop() if len(below) == 1 else MANY if below else NONE
-            if len(own) == 1 and flows and alone[node] == own[0] and type(node).__name__.startswith(_ELEMENTWISE):
-                made[node] = own[0]
+            if len(own) == 1 and alone[node] == own[0] and type(node).__name__.startswith(_ELEMENTWISE):
+                # By a number, what has become of a parameter stays that; a parameter itself may scale data.
+                itself = next(child for child, slot in zip(children, slots, strict=True) if slot is not None)
+                if flows or (itself in made and private.output_shape(node) == private.output_shape(itself)):
+                    made[node] = own[0]
+            if node in made:
                 _forget(rest, used, begins)
             elif own and (len(children) > len(own) or type(node).__name__.startswith("Embedding")):
                 used[node] = own

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradwatch.capture.criterion import Criterion
 from gradwatch.capture.description import InitialFacts, describe, in_scope, kind_of
-from gradwatch.capture.loss_end import Criterion
 from gradwatch.capture.parameters import ParameterTable
 from gradwatch.facts import SYMMETRY_AFTER, Meta, ParameterFact
 

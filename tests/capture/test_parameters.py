@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from gradwatch.capture.parameters import ParameterTable, as_real, dense, materialised, named_modules, plain_name, unwrap
 from tests.capture.tensors import made
@@ -54,9 +56,24 @@ def assert_sound(table: ParameterTable, models: dict[str, nn.Module]) -> None:
     assert table.in_order == (table.columns.tolist() == list(range(len(table))))
     for slot in table.column_slots:
         layer = table.modules[table.layers[slot]]
-        assert any(p is table.params[slot] for p in layer._parameters.values())
+        made = layer.parametrizations.values() if is_parametrized(layer) else ()
+        assert any(p is table.params[slot] for each in (layer, *made) for p in each._parameters.values())
     assert not table.changed()
     assert not table.thawed()
+
+
+def test_what_a_parametrization_holds_belongs_to_the_layer_that_it_makes() -> None:
+    inner = nn.Sequential(spectral_norm(nn.Linear(2, 3)), nn.ReLU())
+    table = ParameterTable({"": inner, "critic": weight_norm(nn.Linear(3, 1))})
+    assert dict(zip(table.names, table.layers, strict=True)) == {
+        "0.bias": "0",
+        "0.parametrizations.weight.original": "0",
+        "critic.bias": "critic",
+        "critic.parametrizations.weight.original0": "critic",
+        "critic.parametrizations.weight.original1": "critic",
+    }
+    alone = ParameterTable({"": spectral_norm(nn.Linear(2, 3))})
+    assert alone.layers == ["", ""]
 
 
 # -- names -------------------------------------------------------------------------------------------------------------------------

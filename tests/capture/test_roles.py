@@ -90,6 +90,43 @@ def test_a_weight_used_through_a_norm_or_in_a_penalty_does_not_end_the_branch() 
     assert ends == {"2"}
 
 
+def test_a_weight_over_its_own_spectral_norm_begins_no_branch() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)),
+        nn.Tanh(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+        nn.Tanh(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 2)),
+    )
+    begin, end = found(model, model(torch.randn(3, 4)).square().mean())
+    assert begin == {"0", "0.parametrizations.weight"}
+    assert end == {"4", "4.parametrizations.weight"}
+
+
+def test_a_weight_over_its_own_length_by_hand_is_that_weight() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / self.weight.norm() * 2, self.bias)
+
+    model = nn.Sequential(Scaled(4, 8), nn.Tanh(), Scaled(8, 2))
+    assert found(model, model(torch.randn(3, 4)).square().mean()) == ({"0"}, {"2"})
+
+
+def test_a_weight_that_is_used_for_what_it_made_of_data_is_used_twice() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.bottleneck = nn.Linear(6, 4, bias=False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bottleneck(torch.tanh(self.encoder(x))) @ self.encoder.weight
+
+    model = Tied()
+    assert found(model, model(torch.randn(3, 6)).square().mean()) == ({"encoder"}, {"encoder"})
+    alone = nn.Linear(6, 4, bias=False)
+    assert found(nn.Sequential(alone), (torch.tanh(alone(torch.randn(3, 6))) @ alone.weight).square().mean()) == ({"0"}, {"0"})
+
+
 def test_a_graph_beyond_the_limit_has_no_roles() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     answer = roles([model(torch.randn(3, 4)).sum()], {id(p): i for i, p in enumerate(model.parameters())}, limit=2)

@@ -336,7 +336,7 @@ def test_several_losses_an_update_begin_as_many_times_as_high(terms: float, told
     assert run.rules() == (["poor_init"] if told else [])
 
 
-@pytest.mark.parametrize(("first", "at"), [pytest.param(40.1, 10, id="surely far"), pytest.param(39.9, 14, id="it may recover")])
+@pytest.mark.parametrize(("first", "at"), [pytest.param(32.1, 10, id="surely far"), pytest.param(31.9, 14, id="it may recover")])
 def test_what_is_not_surely_far_is_waited_for(first: float, at: int) -> None:
     run = Run(guessing(), [poor_init])
     run.records(20, loss=first)
@@ -434,8 +434,8 @@ def test_a_run_that_learns_all_the_same_is_left_alone(loss: float, guess: float,
     ("pace", "guess", "told"),
     [
         pytest.param(0.98, 1.0, False, id="falls, near a guess"),
-        pytest.param(0.98, 0.1, True, id="falls, far above a guess"),
-        pytest.param(0.85, 0.05, False, id="falls, and will soon be below a guess"),
+        pytest.param(0.98, 0.22, True, id="falls, far above a guess"),
+        pytest.param(0.85, 0.22, False, id="falls, and will soon be below a guess"),
         pytest.param(0.85, 0.001, True, id="falls fast, and will not"),
     ],
 )
@@ -446,6 +446,28 @@ def test_a_loss_that_still_falls_is_waited_for_unless_it_is_far_above_a_guess(pa
     assert run.rules() == (["unnormalized_input"] if told else [])
     if told:
         assert f"where a constant output would give {guess:.2g}" in run.only("unnormalized_input").message
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "criterion", "guess", "told"),
+    [
+        pytest.param(6.1, 3.1, "mse_loss", 1.0, True, id="six times a guess, and three times still"),
+        pytest.param(5.9, 3.1, "mse_loss", 1.0, False, id="not six times"),
+        pytest.param(6.1, 2.9, "mse_loss", 1.0, False, id="not three times any more"),
+        pytest.param(6.1, 3.1, "mse_loss", 0.0, False, id="a guess is not known"),
+        pytest.param(0.7, 0.4, "binary_cross_entropy", 0.1, False, id="rare classes begin at equal odds"),
+        pytest.param(4.2, 0.4, "binary_cross_entropy", 0.1, True, id="six times equal odds"),
+        pytest.param(np.nan, 3.1, "mse_loss", 1.0, False, id="lost at first"),
+    ],
+)
+def test_a_first_loss_far_from_a_guess_is_not_waited_for(
+    first: float, then: float, criterion: str, guess: float, told: bool
+) -> None:
+    run = Run(meta := replace(chain(4), guess=guess, criterion=criterion), [unnormalized_input])
+    run.record(**inputs(meta), loss=first)
+    for i in range(10):
+        run.record(**inputs(meta), loss=then * (1.02 - 0.002 * i))
+    assert run.rules() == (["unnormalized_input"] if told else [])
 
 
 def test_a_loss_that_has_been_lost_is_told_as_that() -> None:

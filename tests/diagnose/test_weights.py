@@ -24,10 +24,10 @@ def of(meta: Meta, *names: str, value: Any, others: Any) -> Any:
 # -- frozen_weights ----------------------------------------------------------------------------------------------------------------
 
 
-def frozen(run: Run, n: int, *names: str, also: int = 0, norms: Any = 1.0, **columns: Any) -> None:
+def frozen(run: Run, n: int, *names: str, also: int = 0, norms: Any = 1.0, ratio: float = 1e-3, **columns: Any) -> None:
     """Records whose steps leave some parameters as they were, bit for bit."""
     state = of(run.history.meta, *names, value=np.uint8(SAME | also), others=np.uint8(CHANGED))
-    run.records(n, norms, grad_state=state, update_ratio=np.where(state & GradState.SAME, 0.0, 1e-3), **columns)
+    run.records(n, norms, grad_state=state, update_ratio=np.where(state & GradState.SAME, 0.0, ratio), **columns)
 
 
 def test_a_layer_that_no_step_changes_is_told_at_update_10() -> None:
@@ -103,6 +103,21 @@ def test_records_in_which_nobody_looked_neither_count_nor_break_it() -> None:
 def test_vectors_alone_are_an_information(names: tuple[str, ...], severity: Severity) -> None:
     run = Run(chain(4))
     frozen(run, 12, *names)
+    (alert,) = run.incidents.alerts
+    assert (alert.rule, alert.severity) == ("frozen_weights", severity)
+
+
+@pytest.mark.parametrize(
+    ("half", "ratio", "severity"),
+    [
+        pytest.param(("0.bias", "1.bias"), 1e-4, Severity.WARNING, id="beside matrices that move"),
+        pytest.param(("0.bias", "1.bias"), 0.9e-4, Severity.INFO, id="nothing moves"),
+        pytest.param(("0.bias",), 1e-4, Severity.INFO, id="one in full precision"),
+    ],
+)
+def test_vectors_that_half_precision_rounds_away_are_a_fault(half: tuple[str, ...], ratio: float, severity: Severity) -> None:
+    run = Run(change(chain(4), lambda f: f.name in half, dtype="bfloat16"), [frozen_weights])
+    frozen(run, 12, "0.bias", "1.bias", ratio=ratio)
     (alert,) = run.incidents.alerts
     assert (alert.rule, alert.severity) == ("frozen_weights", severity)
 
@@ -346,6 +361,26 @@ def test_how_large_and_for_how_long(ratios: list[float], told: bool) -> None:
     for ratio in ratios:
         run.record(update_ratio=ratio)
     assert run.rules() == (["update_ratio_too_large"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "loss", "guess", "told"),
+    [
+        pytest.param([0.6] + [0.11] * 20, 1.51, 0.0, True, id="half of them, then a tenth, and worse"),
+        pytest.param([0.6] + [0.11] * 20, 1.49, 0.0, False, id="hardly worse"),
+        pytest.param([0.6] + [0.11] * 20, 1.51, 1.1, False, id="not worse than a guess"),
+        pytest.param([0.49] + [0.11] * 20, 1.51, 0.0, False, id="less than half"),
+        pytest.param([0.6] + [0.09] * 20, 1.51, 0.0, False, id="less than a tenth"),
+        pytest.param([0.6] + [0.11] * 20, np.nan, 0.0, False, id="the loss is not known"),
+    ],
+)
+def test_smaller_steps_are_too_large_where_the_loss_got_worse(ratios: list[float], loss: float, guess: float, told: bool) -> None:
+    run = Run(replace(chain(4), guess=guess), [update_ratio_too_large])
+    for i, ratio in enumerate(ratios):
+        run.record(update_ratio=ratio, loss=loss if i else 1.0)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+    if told:
+        assert run.only("update_ratio_too_large").step == 0
 
 
 def test_one_step_that_replaced_the_weights_is_told_where_it_was() -> None:

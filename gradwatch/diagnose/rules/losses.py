@@ -35,6 +35,11 @@ number of updates, as a curriculum may, does so in its first ten at most, when t
 RISEN = 4
 """How many of the last have to be so large then: targets that are mostly zero put three far off in a row (measured)."""
 
+STEADY, EACH, FAR = 6, 1.2, 3.0
+"""Rises in a row, the least of each, and times the first losses (and a guess) the last has to be, from which a growth of `RUNAWAY` is ascent
+and needs no `RISEN`: a curriculum grows slower, noise does not rise six times, and Adam's first steps that are too large rise twice. No single
+rise may be half of it."""
+
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
 
@@ -96,7 +101,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
     `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and they
-    grow `RUNAWAY` times (a cross-entropy by any factor).
+    grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
+    `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -115,14 +121,17 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
     above = recent > high
-    if not start > 0 or not above[-1] or not _is_comparable(history):
+    climbs = _climbs(recent, FAR * max(start, guess))
+    if not start > 0 or not (above[-1] or climbs) or not _is_comparable(history):
         return
     # One batch of them may be an easy one.
     rises = int((recent[1:] > recent[:-1]).sum()) >= len(recent) - 2
     runs_away = rises and bool(above[-RISEN:].all()) and (classes or float(recent[-1]) > RUNAWAY * float(recent[0]))
-    if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away:
+    if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away and not climbs:
         return
-    now = float(np.nanmedian(recent))
+    now = float(recent[-1]) if climbs else float(np.nanmedian(recent))
+    if climbs:
+        high = min(high, FAR * max(start, guess))
     yield Finding(
         "loss_diverging",
         Severity.ERROR,
@@ -242,6 +251,17 @@ def _is_comparable(history: History) -> bool:
         and (finite > 0).all()
         and (b.first_losses > 0).all()
     )
+
+
+def _climbs(recent: NDArray[np.float64], far: float) -> bool:
+    """The last losses rise without a pause, from one to the next, to ten times what they were."""
+    last = recent[-STEADY - 1 :]
+    if len(last) <= STEADY or not last[-1] > far or not last[0] > 0 or not np.isfinite(last).all():
+        return False
+    if not (last[1:] >= EACH * last[:-1]).all() or not last[-1] >= RUNAWAY * last[0]:
+        return False
+    steps = np.diff(np.log(last))
+    return bool(steps.max() <= 0.5 * steps.sum())  # no single jump
 
 
 def _overshoots(history: History) -> bool:
