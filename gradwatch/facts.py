@@ -32,6 +32,7 @@ class ParameterFact:
         distance: least number of autograd nodes between the loss and this parameter; None: never seen in a graph.
         in_scope: not left out by `Sampling.include` and `exclude`.
         still_equal: `equal_rows`, and all rows were equal again after the first `SYMMETRY_AFTER` records.
+        clamped: every path from the loss to it that was seen goes through a `clamp`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParameterFact:
     distance: int | None = None
     in_scope: bool = True
     still_equal: bool = False
+    clamped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,8 @@ class Meta:
             is the other); "" where it does not.
         squashed_by: the innermost module in which that runs; "" where it runs outside all modules, or in the root.
         squashed_since: the record at which that was found; 0: in the first graph.
-        criterion: name in `torch.nn.functional` of the loss of the first backward passes, whatever its reduction; "cross_entropies" or "sum"
-            where several losses were added up; "" where it is another one.
+        criterion: name in `torch.nn.functional` of the loss of the first backward passes, "cross_entropies" or "sum" where
+            several losses, or elements, were added up; "" where it is another one.
         guess: loss of the best constant output under it, by the targets of these passes; 0 where it is not known.
         broadcast: under it the prediction was expanded to the shape of the target.
         schema: number of the layout.
@@ -180,6 +182,11 @@ class Meta:
     def distance(self) -> NDArray[np.float64]:
         """`[P]`: autograd nodes between the loss and the parameter, NaN where unknown."""
         return np.array([np.nan if f.distance is None else f.distance for f in self.parameters], float)
+
+    @cached_property
+    def clamped(self) -> NDArray[np.bool_]:
+        """`[P]`: a clamp stands before it."""
+        return np.array([f.clamped for f in self.parameters], bool)
 
     @cached_property
     def layer_index(self) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ _REDUCTIONS = ("none", "mean", "sum")
 _TARGETS = 2**20
 """Elements of a target up to which it is looked at."""
 
+_SAME_ELEMENTS = frozenset(
+    ("Mean", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Permute", "Alias", "ToCopy", "Clone")
+)
+"""Nodes of which the mean is that of what they are given."""
+
 _TERMS = 64
 """Terms of a sum, and nodes between one and the next, up to which it is taken apart."""
 
@@ -49,8 +54,8 @@ class Criterion:
     """What a loss is.
 
     Attributes:
-        name: of the function in `torch.nn.functional`, whatever its reduction; "cross_entropies" where several of them, or one and
-            something else, are added up, "sum" where other losses are.
+        name: of the function in `torch.nn.functional`; "cross_entropies" where several of them, or one and something else, are added
+            up; "sum" where other losses are, and where elements are added up without being divided by a number.
         guess: loss of the best constant output; NaN where it is not known. Terms that are not known cost what they cost now.
         broadcast: N predictions were expanded to N x N by the shape of the target.
     """
@@ -58,6 +63,23 @@ class Criterion:
     name: str
     guess: float
     broadcast: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A node, and what of it the loss holds.
+
+    Attributes:
+        node: None for a constant.
+        factor: times the mean of what it gives.
+        divided: by a number, on the way.
+        summed: over how many elements it was summed without being divided by a number after that: the more, the larger the loss.
+    """
+
+    node: Any
+    factor: float
+    divided: bool = False
+    summed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +92,7 @@ class _Term:
         guess: what the best constant output would give, times the factor.
         value: what it is now, not yet times the factor; not computed before it is needed. NaN: not known.
         broadcast: see `Criterion`.
+        summed: over elements, without being divided by a number after that.
     """
 
     name: str
@@ -77,6 +100,7 @@ class _Term:
     guess: float
     value: Callable[[], float]
     broadcast: bool
+    summed: bool = False
 
 
 def criterion(roots: Iterable[Any], loss_scale: float = 1.0) -> Criterion | None:
@@ -92,23 +116,22 @@ def criterion(roots: Iterable[Any], loss_scale: float = 1.0) -> Criterion | None
     starts = starts_of(roots)
     if len(roots) != 1 or not starts or not isinstance(roots[0], Tensor) or roots[0].numel() != 1:
         return None
-    node, factor = _below(starts[0], 1.0 / loss_scale, scaled_on_device=math.isnan(loss_scale))
+    todo = [_below(_Place(starts[0], 1.0 / loss_scale), scaled_on_device=math.isnan(loss_scale))]
     known: list[_Term] = []
     others = constants = 0
-    todo: list[tuple[Any, float]] = [(node, factor)]
     for _ in range(_TERMS):
         if not todo:
             break
-        node, factor = todo.pop()
-        if node is None:
+        place = todo.pop()
+        if place.node is None:
             constants += 1
             continue
-        node, factor = _below(node, factor)
-        parts = _parts(node, factor)
+        place = _below(place)
+        parts = _parts(place)
         if parts is not None:
             todo += parts
             continue
-        term = _term(node, factor)
+        term = _term(place)
         if term is not None:
             known.append(term)
         else:
@@ -116,7 +139,7 @@ def criterion(roots: Iterable[Any], loss_scale: float = 1.0) -> Criterion | None
     if todo or not known:
         return None
     if len(known) == 1 and not others and not constants:
-        return Criterion(known[0].name, known[0].guess, known[0].broadcast)
+        return Criterion("sum" if known[0].summed else known[0].name, known[0].guess, known[0].broadcast)
     return _sum_of(known, others, constants, roots[0], loss_scale)
 
 
@@ -135,7 +158,7 @@ def _sum_of(known: list[_Term], others: int, constants: int, root: Tensor, loss_
             return None
         # What is left by rounding is nothing.
         guess += rest if abs(rest) > 1e-6 * guess else 0.0
-    names = {term.name for term in sure}
+    names = {"sum" if term.summed else term.name for term in sure}
     if len(names) == 1 and not others:
         (name,) = names
     else:
@@ -143,8 +166,9 @@ def _sum_of(known: list[_Term], others: int, constants: int, root: Tensor, loss_
     return Criterion(name, guess, any(term.broadcast for term in known))
 
 
-def _parts(node: Any, factor: float) -> list[tuple[Any, float]] | None:
-    """The terms that a node adds up, with their factors; None for a node that does not. A term without a node is a constant."""
+def _parts(place: _Place) -> list[_Place] | None:
+    """The terms that a node adds up; None for a node that does not."""
+    node, factor = place.node, place.factor
     name, below = name_of(node), node.next_functions
     shape = private.output_shape(node)
     if shape is None:
@@ -155,23 +179,28 @@ def _parts(node: Any, factor: float) -> list[tuple[Any, float]] | None:
         factors = (factor, factor * (alpha if name == "Add" else -alpha))
         # What is expanded counts more than once.
         if all(child is None or _numel(child, number) == math.prod(shape) for child, number in below):
-            return [(child, each) for (child, _), each in zip(below, factors, strict=True)]
+            return [replace(place, node=child, factor=each) for (child, _), each in zip(below, factors, strict=True)]
         return None
     if name == "Rsub" and len(below) == 1:  # a number less that
-        return [(below[0][0], -factor), (None, factor)]
+        return [replace(place, node=below[0][0], factor=-factor), replace(place, node=None)]
     if name in ("Stack", "Cat") and below and all(child is None or _numel(child, number) == 1 for child, number in below):
-        return [(child, factor / len(below)) for child, _ in below] if math.prod(shape) == len(below) else None
+        whole = math.prod(shape) == len(below)
+        return [replace(place, node=child, factor=factor / len(below), summed=1.0) for child, _ in below] if whole else None
     return None
 
 
-def _term(node: Any, factor: float) -> _Term | None:
-    """A criterion that stands at a node, of which the loss has `factor` times the mean over all elements; None where none does."""
-    name = name_of(node)
+def _term(place: _Place) -> _Term | None:
+    """A criterion that stands at a node; None where none does."""
+    name = name_of(place.node)
     if name in ("Pow", "Abs"):
-        return _by_hand(node, factor)
-    if name == "Mul":
-        return _of_shares(node, factor)
-    return _by_name(node, factor)
+        term = _by_hand(place.node, place.factor)
+    elif name == "Mul":
+        term = _of_shares(place)
+    else:
+        term = _by_name(place.node, place.factor)
+        if term is not None and private.saved_number(place.node, "reduction") == _REDUCTIONS.index("sum"):
+            return replace(term, summed=not place.divided)
+    return None if term is None else replace(term, summed=term.summed or (place.summed > 1.0 and name != "Mul"))
 
 
 def _by_name(node: Any, factor: float) -> _Term | None:
@@ -223,14 +252,15 @@ def _by_hand(node: Any, factor: float) -> _Term | None:
     )
 
 
-def _of_shares(node: Any, factor: float) -> _Term | None:
+def _of_shares(place: _Place) -> _Term | None:
     """Shares times a log-softmax: a cross-entropy whose targets are probabilities, or what of a divergence depends on the outputs."""
+    node, factor = place.node, place.factor
     sides = [(k, side) for k, side in enumerate(node.next_functions) if side[0] is not None]
     if len(sides) != 1 or not factor < 0:
         return None
-    ((place, (given, _)),) = sides
+    ((side, (given, _)),) = sides
     soft = through(given, SAME_VALUES)
-    shares = private.saved_tensor(node, "self" if place else "other")
+    shares = private.saved_tensor(node, "self" if side else "other")
     logs, axis = private.saved_tensor(soft, "result"), private.saved_integer(soft, "dim")
     if name_of(soft) != "LogSoftmax" or shares is None or logs is None or axis is None or not _readable(shares):
         return None
@@ -248,7 +278,7 @@ def _of_shares(node: Any, factor: float) -> _Term | None:
         return float((values * logs.detach().double()).mean()) if readable else math.nan
 
     classes = logs.shape[axis]
-    return _Term("cross_entropy", factor, -factor * mass * math.log(classes), value, False)
+    return _Term("cross_entropy", factor, -factor * mass * math.log(classes), value, False, place.summed > classes + 0.5)
 
 
 def _is_crossed(given: tuple[Any, int], shape: tuple[int, ...] | None) -> bool:
@@ -318,11 +348,12 @@ def _value(name: str, node: Any, reduction: str) -> float:
         return float(function(given.detach(), target.detach(), reduction=reduction, **options).mean())
 
 
-def _below(node: Any, factor: float, scaled_on_device: bool = False) -> tuple[Any, float]:
-    """The node below means, sums, and multiplications and divisions by numbers, and how many times the mean of what it gives the loss is.
+def _below(place: _Place, scaled_on_device: bool = False) -> _Place:
+    """The node below means, sums, and multiplications and divisions by numbers.
 
     The factor is NaN where it is on a device. A loss scale on a device is the first factor there, and comes to 1.
     """
+    node, factor, divided, summed = place.node, place.factor, place.divided, place.summed
     for _ in range(_TERMS):
         name, below = name_of(node), [child for child in node.next_functions if child[0] is not None]
         if len(below) != 1:
@@ -332,35 +363,24 @@ def _below(node: Any, factor: float, scaled_on_device: bool = False) -> tuple[An
             if not before or not after:
                 break
             factor *= before / after
-        elif name == "Mean":
-            pass
+            summed *= 1.0 if divided else before / after
         elif name == "Neg":
             factor = -factor
         elif name in ("Mul", "Div"):
             other = _number_of(node)
             if other is None:
                 break
+            divided = divided or name == "Div"
             if scaled_on_device and not on_host(other) and name == "Mul":
                 scaled_on_device, factor = False, 1.0 if math.isnan(factor) else factor
             elif not _readable(other) or not float(other):
-                return node, math.nan
+                return replace(place, node=node, factor=math.nan)
             else:
                 factor = factor * float(other) if name == "Mul" else factor / float(other)
-        elif name not in (
-            "View",
-            "UnsafeView",
-            "Squeeze",
-            "Unsqueeze",
-            "Reshape",
-            "Transpose",
-            "Permute",
-            "Alias",
-            "ToCopy",
-            "Clone",
-        ):
+        elif name not in _SAME_ELEMENTS:
             break
         node = below[0][0]
-    return node, factor
+    return _Place(node, factor, divided, summed)
 
 
 def _number_of(node: Any) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -130,6 +130,7 @@ def describe(
     owners: Mapping[int, str],
     order: Mapping[int, int],
     distance: Mapping[int, int],
+    clamped: Collection[int] = (),
     inputs: Iterable[int] = (),
     heads: Iterable[int] = (),
     include: Iterable[str] = (),
@@ -152,6 +153,7 @@ def describe(
         owners: slot -> name of the optimizer that owns it.
         order: slot -> sequence number in the graph; turned into ranks.
         distance: slot -> nodes between the loss and it.
+        clamped: slots that the gradient reaches through a clamp only.
         inputs: slots that begin a branch of the graph; where none is known, the first in order.
         heads: slots that end one; where none is known, the last in order.
         include: patterns of module names that are spoken of; empty: all.
@@ -188,6 +190,7 @@ def describe(
                 equal_rows=equal,
                 order=ranks.get(slot),
                 distance=distance.get(slot),
+                clamped=slot in clamped,
                 in_scope=in_scope(layer, include, exclude),
                 still_equal=slot in initial.still_equal,
             )

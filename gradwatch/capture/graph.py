@@ -23,6 +23,9 @@ _WIDE = 1000
 _FOREIGN = frozenset({"builtins", "collections", "logging", "numpy", "threading", "torch", "weakref"})
 """Packages whose objects hold no layers of the user's."""
 
+_CLAMPS = ("Clamp", "Hardtanh")
+"""What begins the names of nodes whose derivative is exactly 0 outside of limits."""
+
 _OPAQUE = ("CompiledFunctionBackward",)
 
 
@@ -34,12 +37,14 @@ class GraphFacts:
         order: slot -> smallest sequence number among the consumers of its AccumulateGrad node; ascending from the input.
         distance: slot -> least number of edges between a root and it.
         outside: trainable `nn.Parameter` leaves that are not watched.
+        clamped: slots that every path from a root to goes through a clamp.
         opaque: a node that hides what is below it was met, or the walk was cut short.
     """
 
     order: dict[int, int] = field(default_factory=dict)
     distance: dict[int, int] = field(default_factory=dict)
     outside: list[Tensor] = field(default_factory=list)
+    clamped: set[int] = field(default_factory=set)
     opaque: bool = False
 
 
@@ -54,11 +59,14 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
     facts = GraphFacts()
     seen: set[Any] = set()
     queue: deque[tuple[Any, int]] = deque()
-    for root in roots:
-        node = root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)
-        if node is not None and node not in seen:
+    starts = [
+        node for root in roots if (node := root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)) is not None
+    ]
+    for node in starts:
+        if node not in seen:
             seen.add(node)
             queue.append((node, 0))
+    clamps = False
     while queue:
         node, depth = queue.popleft()
         if len(seen) > limit:
@@ -68,6 +76,7 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
         # A custom function, reentrant checkpoint among them, carries `_forward_cls`: what it does inside is its own affair.
         if name in _OPAQUE or hasattr(node, "_forward_cls"):
             facts.opaque = True
+        clamps = clamps or name.startswith(_CLAMPS)
         number = -1
         for below, _ in node.next_functions:
             if below is None:
@@ -81,7 +90,25 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
             elif below not in seen:
                 seen.add(below)
                 queue.append((below, depth + 1))
+    if clamps and not facts.opaque:
+        facts.clamped = set(facts.distance) - _reached_freely(starts, slot_of)
     return facts
+
+
+def _reached_freely(starts: Iterable[Any], slot_of: Mapping[int, int]) -> set[int]:
+    """Slots that some path leads to that goes through no clamp."""
+    todo = [node for node in starts if not type(node).__name__.startswith(_CLAMPS)]
+    seen, found = set(todo), set()
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(slot_of.get(id(leaf), -1))
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen and not type(below).__name__.startswith(_CLAMPS):
+                seen.add(below)
+                todo.append(below)
+    return found
 
 
 def _leaf(facts: GraphFacts, leaf: Tensor, number: int, depth: int, slot_of: Mapping[int, int], first: bool) -> None:

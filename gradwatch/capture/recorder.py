@@ -801,6 +801,7 @@ class Recorder:
                 owners=names,
                 order=self._walks.order,
                 distance=self._walks.distance,
+                clamped=self._walks.clamped,
                 inputs=self._walks.roles.inputs,
                 heads=self._walks.roles.heads,
                 include=self._sampling.include,

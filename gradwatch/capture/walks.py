@@ -42,6 +42,7 @@ class Walks:
         order: slot -> rank in the order of execution.
         distance: slot -> least number of edges to a root.
         roles: where branches begin and end.
+        clamped: slots that a clamp stood before in every graph that reached them.
         opaque: a graph hid something.
         done: each slot has been reached by a backward whose graph was walked.
         outside: shapes of trainable leaves that belong to no registered parameter and no optimizer.
@@ -56,6 +57,7 @@ class Walks:
         self.order: dict[int, int] = {}
         self.distance: dict[int, int] = {}
         self.roles = Roles()
+        self.clamped: set[int] = set()
         self.opaque = False
         self.done = False
         self.outside: tuple[tuple[int, ...], ...] = ()
@@ -86,6 +88,8 @@ class Walks:
         facts, place = walk(roots, self._table.slot_of), roles(roots, self._table.slot_of)
         self.roles.inputs |= place.inputs
         self.roles.heads |= place.heads
+        new = {slot for slot in facts.clamped if slot in self.clamped or slot not in self.distance}
+        self.clamped = (self.clamped - facts.distance.keys()) | new
         self.order.update({slot: number for slot, number in facts.order.items() if slot not in self.order})
         self.distance.update({slot: depth for slot, depth in facts.distance.items() if slot not in self.distance})
         self.opaque |= facts.opaque

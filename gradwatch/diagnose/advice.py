@@ -307,12 +307,17 @@ def _spike(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _zero(finding: Finding, history: History) -> tuple[str, str]:
+    first = finding.layers[0] or "(model)" if finding.layers else "them"
+    if finding.evidence.get("clamped", 0.0) > 0:
+        return (
+            f"What {first} gives goes through a clamp, and lies outside its limits, where the derivative is exactly 0.",
+            "Begin inside the limits (the bias of the last layer), or bound it smoothly: softplus, or low + (high - low) * sigmoid(x).",
+        )
     if finding.evidence.get("layers", 0.0) == finding.evidence.get("layers_in_all", -1.0):
         return (
             "As far as a derivative can tell the loss does not depend on any weight: something is multiplied by 0, rounded or clamped.",
             "Look in the loss and behind the last layer for round, sign, a comparison, a clamp whose limits are passed, or a mask of zeros.",
         )
-    first = finding.layers[0] or "(model)" if finding.layers else "them"
     return (
         f"Behind {first} stands something whose derivative is exactly 0: round, sign, a comparison, a clamp whose limits are passed, "
         "a softmax over one element, or a product with 0.",

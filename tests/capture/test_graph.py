@@ -108,6 +108,26 @@ def test_a_root_may_be_an_edge_of_the_graph(part: int) -> None:
     assert by_order(facts, slots) == ["0.weight", "1.weight"][: part + 1]
 
 
+@pytest.mark.parametrize(
+    ("bound", "clamped"),
+    [
+        pytest.param(lambda x: x.clamp(-1, 1), {"1.weight", "1.bias"}, id="clamp"),
+        pytest.param(lambda x: x.clamp_min(0.0), {"1.weight", "1.bias"}, id="from below"),
+        pytest.param(lambda x: torch.clamp(x, max=torch.ones(())), {"1.weight", "1.bias"}, id="a limit that is a tensor"),
+        pytest.param(F.hardtanh, {"1.weight", "1.bias"}, id="hardtanh"),
+        pytest.param(lambda x: x.clamp(-1, 1) + x, set(), id="and beside it"),
+        pytest.param(torch.sigmoid, set(), id="sigmoid"),
+    ],
+)
+def test_what_only_a_clamp_leads_to_is_told(bound: Callable[[Tensor], Tensor], clamped: set[str]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    h = model[0](torch.randn(3, 2))
+    facts, slots = walked(model, (model[2](h) + bound(model[1](h))).sum())
+    assert {name for name, slot in slots.items() if slot in facts.clamped} == clamped
+    behind, slots = walked(model, bound(model(torch.randn(3, 2))).sum())
+    assert {name for name, slot in slots.items() if slot in behind.clamped} == (set(slots) if clamped else set())
+
+
 def test_what_no_path_reaches_is_not_met() -> None:
     model = deep(4)
     x = model[0](torch.ones(1, 3)).detach()

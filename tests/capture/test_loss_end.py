@@ -308,20 +308,20 @@ def of_none(loss: Callable[..., Tensor], *given: Tensor) -> Tensor:
 
 
 TAKEN_APART: dict[str, tuple[Callable[[], Tensor], str, float]] = {
-    "sum": (lambda: F.cross_entropy(scores(8, 5), labels(8), reduction="sum"), "cross_entropy", 8 * LN5),
+    "sum": (lambda: F.cross_entropy(scores(8, 5), labels(8), reduction="sum"), "sum", 8 * LN5),
     "none-then-mean": (lambda: of_none(F.cross_entropy, scores(8, 5), labels(8)).mean(), "cross_entropy", LN5),
     "none-then-sum": (lambda: of_none(F.cross_entropy, scores(8, 5), labels(8)).sum() / 4, "cross_entropy", 2 * LN5),
     "tokens-summed-and-averaged": (
         lambda: of_none(F.cross_entropy, scores(6, 5, 7), labels(6, 7)).sum(1).mean(),
-        "cross_entropy",
+        "sum",
         7 * LN5,
     ),
-    "mse-sum": (lambda: F.mse_loss(scores(8, 3), Y, reduction="sum"), "mse_loss", 24 * MSE),
+    "mse-sum": (lambda: F.mse_loss(scores(8, 3), Y, reduction="sum"), "sum", 24 * MSE),
     "mse-sum-over-rows": (lambda: nn.MSELoss(reduction="sum")(scores(8, 3), Y) / len(Y), "mse_loss", 3 * MSE),
     "mse-none-then-mean": (lambda: of_none(F.mse_loss, scores(8, 3), Y).mean(1).mean(), "mse_loss", MSE),
     "bce-of-an-autoencoder": (
         lambda: of_none(F.binary_cross_entropy_with_logits, scores(40, 2), shares(40, 2)).sum(1).mean(),
-        "binary_cross_entropy_with_logits",
+        "sum",
         2 * BCE,
     ),
     "two-losses": (lambda: F.mse_loss(scores(8, 3), Y) + 2 * F.mse_loss(scores(8, 3, seed=5), Y), "mse_loss", 3 * MSE),
@@ -369,10 +369,10 @@ TAKEN_APART: dict[str, tuple[Callable[[], Tensor], str, float]] = {
         "sum",
         2 * MSE,
     ),
-    "squares-added": (lambda: ((torch.zeros(8, 3, requires_grad=True) * 1 - Y) ** 2).sum(), "mse_loss", 24 * MSE),
+    "squares-added": (lambda: ((torch.zeros(8, 3, requires_grad=True) * 1 - Y) ** 2).sum(), "sum", 24 * MSE),
     "a-gaussian-of-known-deviation": (
         lambda: 0.5 * (((torch.zeros(8, 3, requires_grad=True) * 1 - Y) / 0.2) ** 2).sum(1).mean(),
-        "mse_loss",
+        "sum",
         0.5 * 3 * 25 * MSE,
     ),
     "class-probabilities": (lambda: F.cross_entropy(scores(8, 5), P), "cross_entropy", LN5),

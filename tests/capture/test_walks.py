@@ -954,3 +954,23 @@ def test_a_softmax_that_comes_later_is_found_in_one_of_the_next_looks() -> None:
     assert (meta.squashed, meta.squashed_since) == ("softmax", 16)
     alert = next(alert for alert in watch.alerts if alert.rule == "double_softmax")
     assert 5 <= alert.step <= 11
+
+
+def test_what_another_graph_reaches_freely_is_not_behind_a_clamp() -> None:
+    def run(*freely: bool) -> dict[str, bool]:
+        model = nn.ModuleDict({"body": nn.Linear(6, 4), "bound": nn.Linear(4, 4), "late": nn.Linear(4, 4)})
+
+        def loss(model: nn.Module, i: int) -> Tensor:
+            assert isinstance(model, nn.ModuleDict)
+            h = model["body"](batch(i)[0])
+            bound = model["bound"](h)
+            more = model["late"](h).sum() if i >= 2 else 0.0
+            return h.sum() + (bound if freely[min(i, len(freely) - 1)] else bound.clamp(-9, 9)).sum() + more
+
+        watch = train(model, loss, 4)
+        return {fact.name: fact.clamped for fact in watch.history.meta.parameters if fact.name.endswith("weight")}
+
+    assert run(False) == {"body.weight": False, "bound.weight": True, "late.weight": False}
+    assert not any(run(True, False).values())
+    # The graph is walked again when something new is reached, at the third update.
+    assert not any(run(False, False, True).values())

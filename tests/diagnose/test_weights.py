@@ -366,11 +366,13 @@ def test_how_large_and_for_how_long(ratios: list[float], told: bool) -> None:
 @pytest.mark.parametrize(
     ("ratios", "loss", "guess", "told"),
     [
-        pytest.param([0.6] + [0.11] * 20, 1.51, 0.0, True, id="half of them, then a tenth, and worse"),
-        pytest.param([0.6] + [0.11] * 20, 1.49, 0.0, False, id="hardly worse"),
+        pytest.param([0.6] + [0.11] * 20, 1.51, 0.5, True, id="half of them, then a tenth, and worse"),
+        pytest.param([0.6] + [0.11] * 20, 1.49, 0.5, False, id="hardly worse"),
+        pytest.param([0.6] + [0.11] * 20, 3.01, 0.0, True, id="worse, and a guess is not known"),
+        pytest.param([0.6] + [0.11] * 20, 2.99, 0.0, False, id="not so much worse"),
         pytest.param([0.6] + [0.11] * 20, 1.51, 1.1, False, id="not worse than a guess"),
-        pytest.param([0.49] + [0.11] * 20, 1.51, 0.0, False, id="less than half"),
-        pytest.param([0.6] + [0.09] * 20, 1.51, 0.0, False, id="less than a tenth"),
+        pytest.param([0.49] + [0.11] * 20, 3.01, 0.5, False, id="less than half"),
+        pytest.param([0.6] + [0.09] * 20, 3.01, 0.5, False, id="less than a tenth"),
         pytest.param([0.6] + [0.11] * 20, np.nan, 0.0, False, id="the loss is not known"),
     ],
 )

@@ -30,7 +30,7 @@ def test_layers_before_a_cut_are_told_at_update_10_the_next_to_it_first() -> Non
     assert (alert.severity, alert.step, run.sent[0][0]) == (Severity.WARNING, 0, 10)
     assert (alert.layers, alert.parameters) == (("1", "0"), ("1.bias", "1.weight", "0.bias", "0.weight"))
     assert alert.message == "the gradient is exactly zero in 2 of 4 layers, 0.25 at 2"
-    assert alert.evidence == {"layers": 2.0, "layers_in_all": 4.0, "grad_norm": 0.0, "reference_norm": 0.25}
+    assert alert.evidence == {"layers": 2.0, "layers_in_all": 4.0, "grad_norm": 0.0, "reference_norm": 0.25, "clamped": 0.0}
     assert alert.cause.startswith("Behind 1 stands something whose derivative is exactly 0: round, sign")
     assert alert.remedy.startswith("Use a smooth stand-in or a straight-through estimator")
 
@@ -62,6 +62,51 @@ def test_the_beginning_is_that_of_the_layers_that_are_zero_now() -> None:
     first, second = run.alarms()
     assert (first.layers, first.step, first.last_step) == (("2",), 0, 14)
     assert (second.layers, second.step) == (("1", "0"), 15)
+
+
+def clamped(*names: str) -> Meta:
+    return change(chain(4), lambda f: f.name in names, clamped=True)
+
+
+def improving(run: Run, n: int, *zero: str) -> None:
+    for i in range(n):
+        run.record(norms(run.history.meta, *zero), noise=0.0, loss=0.9**i)
+
+
+@pytest.mark.parametrize(
+    ("meta", "zero", "severity"),
+    [
+        pytest.param(chain(4), ("3",), Severity.INFO, id="a head that may weigh 0 for now"),
+        pytest.param(clamped("3.weight", "3.bias"), ("3",), Severity.WARNING, id="a clamped one"),
+        pytest.param(clamped("2.bias"), ("2.bias",), Severity.WARNING, id="a vector"),
+    ],
+)
+def test_what_has_been_behind_a_clamp_from_the_start_is_told_though_the_rest_learns(
+    meta: Meta, zero: tuple[str, ...], severity: Severity
+) -> None:
+    run = Run(meta, [zero_gradient])
+    improving(run, 12, *zero)
+    (alert,) = run.incidents.alerts
+    assert (alert.rule, alert.severity, alert.layers) == ("zero_gradient", severity, (zero[0][0],))
+    if severity == Severity.WARNING:
+        assert alert.cause.startswith(f"What {zero[0][0]} gives goes through a clamp, and lies outside its limits")
+    if zero == ("2.bias",):
+        assert alert.message == "the gradient is exactly zero in 2.bias, 1 at 3"
+
+
+def test_a_vector_that_is_zero_for_another_reason_is_none() -> None:
+    run = Run(chain(4), [zero_gradient])
+    improving(run, 12, "2.bias")
+    assert run.alarms() == []
+
+
+def test_a_clamp_that_closes_later_may_be_meant() -> None:
+    run = Run(clamped("3.weight", "3.bias"), [zero_gradient])
+    improving(run, 10)
+    for i in range(12):
+        run.record(norms(run.history.meta, "3"), noise=0.0, loss=0.3 * 0.95**i)
+    (alert,) = run.incidents.alerts
+    assert alert.severity == Severity.INFO
 
 
 @pytest.mark.parametrize(("records", "told"), [(9, False), (10, True)])

@@ -360,7 +360,9 @@ def _got_worse(history: History) -> bool:
     recent = recent[np.isfinite(recent)]
     if not b.first_losses.size or len(recent) < WINDOW // 4:
         return False
-    return median(recent) >= WORSE * max(float(b.first_losses[0]), guess_of(history)) > 0
+    guess = guess_of(history)
+    # Of a single batch, and a small one, the first loss may be that of an easy one.
+    return median(recent) >= (WORSE if guess > 0 else HARM) * max(float(b.first_losses[0]), guess) > 0
 
 
 def _did_harm(history: History, step: int) -> bool:

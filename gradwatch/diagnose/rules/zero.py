@@ -29,7 +29,8 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     """A backward pass gives every element of every parameter that it reaches in a layer exactly zero, update after update.
 
     With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
-    records that reached it; or for a matrix alone that had one when the run began, while its bias still has. Zero is an exact number
+    records that reached it; or for a matrix alone that had one when the run began, while its bias still has; or for any parameter that
+    the gradient reaches through a `clamp` only and that has never had one. Zero is an exact number
     here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product
     with 0. Names the layers next to the cut first. INFO where something that runs before them gets a gradient and the loss improves: a
     term that weighs 0 for now, a batch without edges, parameters that are added as `0 * p.sum()`.
@@ -56,29 +57,40 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     zero = full & (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
     whole = _whole_layers(layout, zero, now)
     cut = _cut_from_weights(history, layout, zero, now) & ~whole
-    sick = whole | cut
+    clamped = layout.take(history.meta.clamped) & zero & (layout.take(b.first) <= ZERO).all(axis=0)
+    sick = whole | cut | clamped
     if not sick.any():
         return
     sick &= ~_waits(history, layout, sick) & ~_has_others(history, layout, now) & ~_attends_to_one(history, layout, now)
-    if not (sick & layout.matrix).any() or _nothing_to_learn(history):
+    clamped &= sick
+    if not (sick & (layout.matrix | clamped)).any() or _nothing_to_learn(history):
         return
     places = np.flatnonzero(sick)
     largest, behind = _behind(layout, now, places)
     if 0.0 < largest < UNDERFLOW:
         return
     # What is cut off at its own end, while what runs before it learns, may be meant so.
-    aside = bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING and not cut[places].any()
+    meant = not (cut | clamped)[places].any()
+    aside = meant and bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING
     columns = layout.columns[places[::-1]]
     layers = int(members(layout.layer[places], layout.layers).sum())
     total = int(members(layout.layer[layout.matrix], layout.layers).sum())
     where = "" if behind is None else f", {largest:.2g} at {history.meta.parameters[layout.columns[behind]].layer or '(model)'}"
+    solid = places[layout.matrix[places]]
+    what = f"in {layers} of {total} layers" if len(solid) else f"in {history.meta.parameters[columns[0]].name}"
     yield Finding(
         "zero_gradient",
         Severity.INFO if aside else Severity.WARNING,
-        _since(history, layout.columns[places[layout.matrix[places]]]),
+        _since(history, layout.columns[solid if len(solid) else places]),
         parameters=named(history.meta, columns),
-        message=f"the gradient is exactly zero in {layers} of {total} layers{where}",
-        evidence={"layers": layers, "layers_in_all": total, "grad_norm": 0.0, "reference_norm": largest},
+        message=f"the gradient is exactly zero {what}{where}",
+        evidence={
+            "layers": layers,
+            "layers_in_all": total,
+            "grad_norm": 0.0,
+            "reference_norm": largest,
+            "clamped": float(layout.take(history.meta.clamped)[places].all()),
+        },
     )
 
 
