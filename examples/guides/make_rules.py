@@ -6,8 +6,10 @@ Run: `python examples/guides/make_rules.py` (it prints); a test compares what it
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from collections.abc import Iterator
+from types import ModuleType
 
 from gradwatch import default_rules
 
@@ -30,16 +32,26 @@ def constants(source: str) -> Iterator[tuple[str, str]]:
         before = node
 
 
+def helpers(module: ModuleType) -> Iterator[ModuleType]:
+    """Modules beside it that it imports from."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("gradwatch.diagnose.rules."):
+            yield importlib.import_module(node.module)
+
+
 def guide() -> str:
     """The text of rules.md."""
     parts = [INTRO]
     modules = dict.fromkeys(inspect.getmodule(rule) for rule in default_rules())
+    done = set(modules)
     for module in modules:
         assert module is not None
         for rule in default_rules():
             if inspect.getmodule(rule) is module:
                 parts.append(f"## `{rule.__name__}`\n\n{inspect.getdoc(rule)}\n")  # type: ignore[attr-defined]
-        rows = [f"- `{assignment}`: {meaning}" for assignment, meaning in constants(inspect.getsource(module))]
+        used = [module, *(helper for helper in dict.fromkeys(helpers(module)) if helper not in done)]
+        done.update(used)
+        rows = [f"- `{assignment}`: {meaning}" for each in used for assignment, meaning in constants(inspect.getsource(each))]
         if rows:
             parts.append("Thresholds:\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
