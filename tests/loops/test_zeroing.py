@@ -226,7 +226,7 @@ def test_a_learning_rate_and_one_that_diverges(fault: bool) -> None:
             step(reference, optimizer)
     agree(watch, reference, records=40)
     if fault:
-        said(watch, "exploding_gradient", step=range(16))
+        said(watch, "exploding_gradient", step=range(16), also=("loss_diverging",))
     else:
         healthy(watch, reference)
 
