@@ -33,6 +33,8 @@ class ParameterFact:
         in_scope: not left out by `Sampling.include` and `exclude`.
         still_equal: `equal_rows`, and all rows were equal again after the first `SYMMETRY_AFTER` records.
         clamped: every path from the loss to it that was seen goes through a `clamp`.
+        connected: one of the first graphs led to it on a path on which nothing is multiplied by constants that are all zero, and nothing
+            has no elements. False also where that could not be looked at.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ParameterFact:
     in_scope: bool = True
     still_equal: bool = False
     clamped: bool = False
+    connected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,11 @@ class Meta:
     def clamped(self) -> NDArray[np.bool_]:
         """`[P]`: a clamp stands before it."""
         return np.array([f.clamped for f in self.parameters], bool)
+
+    @cached_property
+    def connected(self) -> NDArray[np.bool_]:
+        """`[P]`: nothing switches it off."""
+        return np.array([f.connected for f in self.parameters], bool)
 
     @cached_property
     def layer_index(self) -> NDArray[np.int64]:

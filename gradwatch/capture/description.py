@@ -131,6 +131,7 @@ def describe(
     order: Mapping[int, int],
     distance: Mapping[int, int],
     clamped: Collection[int] = (),
+    connected: Collection[int] = (),
     inputs: Iterable[int] = (),
     heads: Iterable[int] = (),
     include: Iterable[str] = (),
@@ -154,6 +155,7 @@ def describe(
         order: slot -> sequence number in the graph; turned into ranks.
         distance: slot -> nodes between the loss and it.
         clamped: slots that the gradient reaches through a clamp only.
+        connected: slots that it reaches on a path on which nothing is multiplied by zeros.
         inputs: slots that begin a branch of the graph; where none is known, the first in order.
         heads: slots that end one; where none is known, the last in order.
         include: patterns of module names that are spoken of; empty: all.
@@ -191,6 +193,7 @@ def describe(
                 order=ranks.get(slot),
                 distance=distance.get(slot),
                 clamped=slot in clamped,
+                connected=slot in connected,
                 in_scope=in_scope(layer, include, exclude),
                 still_equal=slot in initial.still_equal,
             )

@@ -802,6 +802,7 @@ class Recorder:
                 order=self._walks.order,
                 distance=self._walks.distance,
                 clamped=self._walks.clamped,
+                connected=self._walks.connected,
                 inputs=self._walks.roles.inputs,
                 heads=self._walks.roles.heads,
                 include=self._sampling.include,

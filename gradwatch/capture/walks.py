@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwatch.capture import private
 from gradwatch.capture.criterion import Criterion, criterion
-from gradwatch.capture.graph import find_unregistered, walk
+from gradwatch.capture.graph import find_unregistered, switched_on, walk
 from gradwatch.capture.loss_end import Squashed, squashed
 from gradwatch.capture.optimizers import Owners
 from gradwatch.capture.parameters import ParameterTable
@@ -28,6 +28,9 @@ later all of them. And the nodes of it that are: 0.4 ms."""
 CRITERIA = 8
 """Backward passes whose criterion and targets are looked at: before the earliest verdict, at update 10."""
 
+SWITCHES = 3
+"""Backward passes whose graphs are looked through for what is multiplied by zeros: each may be another loss."""
+
 LOOKS = 64
 """The same, with those that reach nothing that is watched: of other models, whose losses are none of ours."""
 
@@ -43,6 +46,7 @@ class Walks:
         distance: slot -> least number of edges to a root.
         roles: where branches begin and end.
         clamped: slots that a clamp stood before in every graph that reached them.
+        connected: slots that one of the first graphs reached on a path that nothing switches off.
         opaque: a graph hid something.
         done: each slot has been reached by a backward whose graph was walked.
         outside: shapes of trainable leaves that belong to no registered parameter and no optimizer.
@@ -58,6 +62,8 @@ class Walks:
         self.distance: dict[int, int] = {}
         self.roles = Roles()
         self.clamped: set[int] = set()
+        self.connected: set[int] = set()
+        self._more = False
         self.opaque = False
         self.done = False
         self.outside: tuple[tuple[int, ...], ...] = ()
@@ -125,16 +131,25 @@ class Walks:
             loss_scale: what a GradScaler multiplied the loss by; NaN: a number that is on a device.
         """
         self._looks -= 1
-        self._ahead = None if private.saved_tensors_are_hooked() else criterion(roots, loss_scale)
+        self._ahead = None
+        if private.saved_tensors_are_hooked():
+            return
+        roots = list(roots)
+        self._ahead = criterion(roots, loss_scale)
+        if len(self._criteria) < SWITCHES:
+            more = switched_on(roots, self._table.slot_of) - self.connected
+            self._more = self._more or bool(more)
+            self.connected |= more
 
     def count_loss(self) -> bool:
-        """That backward has reached what is watched, so its criterion counts; whether it is settled by that, and known."""
+        """That backward has reached what is watched, so its criterion counts; whether anything is known by that which was not."""
         self._criteria.append(self._ahead)
+        more, self._more = self._more, False
         if len(self._criteria) < CRITERIA or None in self._criteria:
-            return False
+            return more
         seen = [each for each in self._criteria if each is not None]
         if len({(each.name, each.broadcast) for each in seen}) > 1:
-            return False
+            return more
         self.criterion = replace(seen[0], guess=sum(each.guess for each in seen) / len(seen))
         return True
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradwatch.capture.graph import GraphFacts, find_unregistered, walk
+from gradwatch.capture.graph import GraphFacts, find_unregistered, switched_on, walk
 from gradwatch.capture.parameters import ParameterTable
 
 
@@ -126,6 +126,28 @@ def test_what_only_a_clamp_leads_to_is_told(bound: Callable[[Tensor], Tensor], c
     assert {name for name, slot in slots.items() if slot in facts.clamped} == clamped
     behind, slots = walked(model, bound(model(torch.randn(3, 2))).sum())
     assert {name for name, slot in slots.items() if slot in behind.clamped} == (set(slots) if clamped else set())
+
+
+@pytest.mark.parametrize(
+    ("make", "on"),
+    [
+        pytest.param(lambda y, h: y.sum(), True, id="as it is"),
+        pytest.param(lambda y, h: 0.0 * y.sum(), False, id="times zero"),
+        pytest.param(lambda y, h: y.sum() * torch.zeros(()), False, id="times a zero"),
+        pytest.param(lambda y, h: (torch.zeros(3, 2) * y).sum(), False, id="times a mask of zeros"),
+        pytest.param(lambda y, h: (torch.tensor([0.0, 1.0]) * y).sum(), True, id="times a mask with a one"),
+        pytest.param(lambda y, h: (0.0 * h * y).sum(), True, id="times what depends on a parameter, whatever it is now"),
+        pytest.param(lambda y, h: y[:0].sum(), False, id="of no elements"),
+        pytest.param(lambda y, h: 0.0 * y.sum() + y.mean(), True, id="another way"),
+        pytest.param(lambda y, h: torch.round(y).sum(), True, id="rounded"),
+    ],
+)
+def test_what_is_switched_off_by_zeros_is_told(make: Callable[[Tensor, Tensor], Tensor], on: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    table = ParameterTable({"": model})
+    h = model[0](torch.randn(3, 2))
+    slots = switched_on([h.sum() + make(model[1](h), h)], table.slot_of)
+    assert {table.names[slot] for slot in slots} == {"0.weight", "0.bias"} | ({"1.weight", "1.bias"} if on else set())
 
 
 def test_what_no_path_reaches_is_not_met() -> None:

@@ -974,3 +974,25 @@ def test_what_another_graph_reaches_freely_is_not_behind_a_clamp() -> None:
     assert not any(run(True, False).values())
     # The graph is walked again when something new is reached, at the third update.
     assert not any(run(False, False, True).values())
+
+
+@pytest.mark.parametrize(("late", "connected"), [(1, True), (2, True), (3, False)])
+def test_what_is_switched_off_in_the_first_three_passes_counts_as_switched_off(late: int, connected: bool) -> None:
+    def loss(model: nn.Module, i: int) -> Tensor:
+        assert isinstance(model, nn.ModuleDict)
+        h = model["body"](batch(i)[0])
+        return h.square().sum() + (1.0 if i >= late else 0.0) * model["side"](h).square().sum()
+
+    model = nn.ModuleDict({"body": nn.Linear(6, 4), "side": nn.Linear(4, 4)})
+    watch = train(model, loss, 6)
+    facts = {fact.name: fact.connected for fact in watch.history.meta.parameters}
+    assert facts == {"body.weight": True, "body.bias": True, "side.weight": connected, "side.bias": connected}
+
+
+def test_behind_hooks_on_saved_tensors_nothing_is_known_to_be_connected() -> None:
+    def loss(model: nn.Module, i: int) -> Tensor:
+        return cross_entropy(model, i)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        watch = train(network(), loss, 4)
+    assert not any(fact.connected for fact in watch.history.meta.parameters)

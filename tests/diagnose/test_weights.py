@@ -385,6 +385,21 @@ def test_smaller_steps_are_too_large_where_the_loss_got_worse(ratios: list[float
         assert run.only("update_ratio_too_large").step == 0
 
 
+@pytest.mark.parametrize(
+    ("ratio", "loss", "told"),
+    [
+        pytest.param(0.99, 0.89, False, id="on its way down"),
+        pytest.param(1.0, 0.89, True, id="of order one"),
+        pytest.param(0.99, 0.91, True, id="hardly below what it began with"),
+    ],
+)
+def test_weights_that_began_tiny_are_replaced_on_their_way(ratio: float, loss: float, told: bool) -> None:
+    run = Run(replace(chain(4), guess=0.5), [update_ratio_too_large])
+    run.record(update_ratio=ratio)
+    run.records(20, update_ratio=ratio, loss=loss)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+
+
 def test_one_step_that_replaced_the_weights_is_told_where_it_was() -> None:
     run = Run(chain(4))
     run.records(3)

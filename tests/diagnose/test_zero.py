@@ -68,6 +68,10 @@ def clamped(*names: str) -> Meta:
     return change(chain(4), lambda f: f.name in names, clamped=True)
 
 
+def connected(*names: str) -> Meta:
+    return change(chain(4), lambda f: f.name in names, connected=True)
+
+
 def improving(run: Run, n: int, *zero: str) -> None:
     for i in range(n):
         run.record(norms(run.history.meta, *zero), noise=0.0, loss=0.9**i)
@@ -79,6 +83,8 @@ def improving(run: Run, n: int, *zero: str) -> None:
         pytest.param(chain(4), ("3",), Severity.INFO, id="a head that may weigh 0 for now"),
         pytest.param(clamped("3.weight", "3.bias"), ("3",), Severity.WARNING, id="a clamped one"),
         pytest.param(clamped("2.bias"), ("2.bias",), Severity.WARNING, id="a vector"),
+        pytest.param(connected("3.weight", "3.bias"), ("3",), Severity.WARNING, id="nothing switches it off"),
+        pytest.param(connected("2.weight"), ("3",), Severity.INFO, id="another is connected"),
     ],
 )
 def test_what_has_been_behind_a_clamp_from_the_start_is_told_though_the_rest_learns(
@@ -88,7 +94,7 @@ def test_what_has_been_behind_a_clamp_from_the_start_is_told_though_the_rest_lea
     improving(run, 12, *zero)
     (alert,) = run.incidents.alerts
     assert (alert.rule, alert.severity, alert.layers) == ("zero_gradient", severity, (zero[0][0],))
-    if severity == Severity.WARNING:
+    if meta.clamped.any():
         assert alert.cause.startswith(f"What {zero[0][0]} gives goes through a clamp, and lies outside its limits")
     if zero == ("2.bias",):
         assert alert.message == "the gradient is exactly zero in 2.bias, 1 at 3"

@@ -52,6 +52,10 @@ STAIR = 0.4
 """Decades that the gradient grows at each of four modules in a row, from which it is no accident of single ones (tanh with a gain of
 3, which explodes: 0.13; healthy networks: less)."""
 
+LONG_STAIR, EVERY = 8, 0.25
+"""Or so many steps in a row that grow by `STAIR` in the mean, and each by `EVERY` of it: where a normalisation stands between two layers,
+one of the two steps is smaller."""
+
 AGAIN = 12.0
 """Nodes that a module is nearer to the loss than the one executed before it, from which it is passed many times: a layer with its
 activation and normalisation takes at most 6."""
@@ -94,9 +98,10 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
     or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
     `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
-    differ by `STAIR` each; or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss does not improve; in
-    `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by `FORWARD` decades and whose
-    gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where it is negative) both grow by
+    differ by `STAIR` each (or `LONG_STAIR` in the mean); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
+    does not improve; in `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by
+    `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where
+    it is negative) both grow by
     `IN_TIME` decades over their first values, rising in nearly every one of the last nine records, or by `STEADY` in each of the last
     `EACH`, to a norm of `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record after the first is the last
     that is finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of optimizers that take turns
@@ -269,6 +274,10 @@ def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64],
         stair = steps[:-1] >= STAIR
         four = stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3]
         hit[3:-1] |= four & (grown[3:-1] >= GROWTH_EXPLAINED)
+    if count > LONG_STAIR:
+        up = np.lib.stride_tricks.sliding_window_view(steps[:-1], LONG_STAIR)
+        long = (up >= EVERY * STAIR).all(axis=1) & (up.mean(axis=1) >= STAIR)
+        hit[LONG_STAIR - 1 : -1] |= long & (grown[LONG_STAIR - 1 : -1] >= GROWTH_EXPLAINED)
     return hit
 
 

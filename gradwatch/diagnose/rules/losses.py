@@ -86,6 +86,9 @@ not tell what a guess costs."""
 EVEN = 0.7
 """Loss of a guess up to which it is one mean: ln 2, and something for rounding."""
 
+SETTLED = 1.01
+"""Times the loss of a guess from which a first loss is on its way down to that: it is no progress."""
+
 SMOOTH = 5
 """Losses whose median says where the loss was."""
 
@@ -223,7 +226,9 @@ def loss_plateau(history: History) -> Iterator[Finding]:
     half = len(losses) // 2
     later = median(losses[half:])
     high = classes and all(_is_no_better(part, guess) for part in (losses[:half], losses[half:]))
-    if not (high or meta.broadcast) or _falls(losses[:half], losses[half:]) or _warms_up(history):
+    settled = _settled(losses, guess) if classes else losses
+    half = len(settled) // 2
+    if not (high or meta.broadcast) or _falls(settled[:half], settled[half:]) or _warms_up(history):
         return
     first = median(b.first_losses)
     since = _has_been_so_since(history, later)
@@ -300,6 +305,13 @@ def _is_no_better(losses: NDArray[np.float64], guess: float) -> bool:
     middle = median(losses)
     error = 1.25 * 1.4826 * median(np.abs(losses - middle)) / len(losses) ** 0.5
     return bool(middle >= max(guess - error, AS_A_GUESS * guess))
+
+
+def _settled(losses: NDArray[np.float64], guess: float) -> NDArray[np.float64]:
+    """Without the first ones, of at most a third, in which outputs that began too large come down to what a guess costs."""
+    around = np.median(np.lib.stride_tricks.sliding_window_view(losses, SMOOTH), axis=1)
+    near = np.flatnonzero(around <= SETTLED * guess)
+    return losses[min(int(near[0]) if near.size else 0, len(losses) // 3) :]
 
 
 def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:

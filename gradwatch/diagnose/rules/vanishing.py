@@ -238,6 +238,9 @@ def _has_own_head(window: Window, start: int, cut: int) -> bool:
     """The part holds a whole module next to the loss: what is after the cut is another branch."""
     layout = window.layout
     heads = layout.head[start:cut]
+    if (layout.layer[start:cut] != layout.layer[start]).any():
+        # In the graph of a derivative (a physics-informed net) what reads the data is next to the loss, too.
+        heads = heads & (layout.layer[start:cut] != layout.layer[start])
     if heads.any():
         inside = layout.layer[start:cut][heads]
         return not bool(members(layout.layer[cut:], layout.layers)[inside].all())

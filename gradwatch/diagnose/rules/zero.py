@@ -30,10 +30,11 @@ def zero_gradient(history: History) -> Iterator[Finding]:
 
     With `g` the norm of a parameter's gradient: `g = 0` for all such parameters of a module, a matrix among them, in the last `WINDOW`
     records that reached it; or for a matrix alone that had one when the run began, while its bias still has; or for any parameter that
-    the gradient reaches through a `clamp` only and that has never had one. Zero is an exact number
-    here and no threshold: `round`, `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product
-    with 0. Names the layers next to the cut first. INFO where something that runs before them gets a gradient and the loss improves: a
-    term that weighs 0 for now, a batch without edges, parameters that are added as `0 * p.sum()`.
+    the gradient reaches through a `clamp` only and that has never had one. Zero is an exact number here and no threshold: `round`,
+    `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product with 0. Names the layers next
+    to the cut first. INFO where something that runs before them gets a gradient and the loss improves (a term that weighs 0 for now, a
+    batch without edges, parameters that are added as `0 * p.sum()`), unless they have never had one though nothing on their way is
+    multiplied by zeros: that is in the graphs of the first three backward passes.
 
     Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
     behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients
@@ -57,7 +58,8 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     zero = full & (now == 0.0) & (layout.take(b.seen) >= WINDOW) & (layout.take(b.last) <= ZERO).all(axis=0)
     whole = _whole_layers(layout, zero, now)
     cut = _cut_from_weights(history, layout, zero, now) & ~whole
-    clamped = layout.take(history.meta.clamped) & zero & (layout.take(b.first) <= ZERO).all(axis=0)
+    never = zero & (layout.take(b.first) <= ZERO).all(axis=0)
+    clamped = never & layout.take(history.meta.clamped)
     sick = whole | cut | clamped
     if not sick.any():
         return
@@ -70,7 +72,7 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     if 0.0 < largest < UNDERFLOW:
         return
     # What is cut off at its own end, while what runs before it learns, may be meant so.
-    meant = not (cut | clamped)[places].any()
+    meant = not (cut | clamped | (never & layout.take(history.meta.connected)))[places].any()
     aside = meant and bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING
     columns = layout.columns[places[::-1]]
     layers = int(members(layout.layer[places], layout.layers).sum())
