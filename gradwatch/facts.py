@@ -33,8 +33,8 @@ class ParameterFact:
         in_scope: not left out by `Sampling.include` and `exclude`.
         still_equal: `equal_rows`, and all rows were equal again after the first `SYMMETRY_AFTER` records.
         clamped: every path from the loss to it that was seen goes through a `clamp`.
-        connected: one of the first graphs led to it on a path on which nothing is multiplied by constants that are all zero, and nothing
-            has no elements. False also where that could not be looked at.
+        connected: one of the first graphs led to it on a path on which nothing is multiplied by constants that are all zero, nothing
+            has no elements, and no softmax is over a single one. False also where that could not be looked at.
     """
 
     name: str

@@ -113,7 +113,8 @@ def _reached_freely(starts: Iterable[Any], slot_of: Mapping[int, int]) -> set[in
 
 
 def switched_on(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODES) -> set[int]:
-    """Slots that some path leads to on which nothing is multiplied by constants that are all zero, and nothing has no elements.
+    """Slots that some path leads to on which nothing is multiplied by constants that are all zero, nothing has no elements, and no
+    softmax is over a single one.
 
     Before the backward, which frees what is read here. Nothing that is on a device is read.
     """
@@ -139,6 +140,11 @@ def _is_off(node: Any) -> bool:
     shape = private.output_shape(node)
     if shape is not None and 0 in shape:
         return True
+    if shape and type(node).__name__.startswith("SoftmaxBackward"):
+        dim = private.saved_integer(node, "dim")
+        return (
+            dim is not None and shape[dim] == 1
+        )  # attention over one token, a router of one expert: it gives 1, whatever it is given
     if not type(node).__name__.startswith("MulBackward"):
         return False
     number = private.saved_number(node, "other")

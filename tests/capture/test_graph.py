@@ -140,6 +140,8 @@ def test_what_only_a_clamp_leads_to_is_told(bound: Callable[[Tensor], Tensor], c
         pytest.param(lambda y, h: y[:0].sum(), False, id="of no elements"),
         pytest.param(lambda y, h: 0.0 * y.sum() + y.mean(), True, id="another way"),
         pytest.param(lambda y, h: torch.round(y).sum(), True, id="rounded"),
+        pytest.param(lambda y, h: (h * y.softmax(1)).sum(), True, id="attention over two"),
+        pytest.param(lambda y, h: (h * y[:, :1].softmax(-1)).sum(), False, id="over one"),
     ],
 )
 def test_what_is_switched_off_by_zeros_is_told(make: Callable[[Tensor, Tensor], Tensor], on: bool) -> None:

@@ -34,7 +34,7 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     `sign` and comparisons have the derivative 0, `clamp` has it outside its limits, and so has a product with 0. Names the layers next
     to the cut first. INFO where something that runs before them gets a gradient and the loss improves (a term that weighs 0 for now, a
     batch without edges, parameters that are added as `0 * p.sum()`), unless they have never had one though nothing on their way is
-    multiplied by zeros: that is in the graphs of the first three backward passes.
+    multiplied by zeros, and no softmax is over one element, in the graphs of the first three backward passes.
 
     Ignored: everything while the loss is exactly zero or low (nothing is left to learn); matrices whose gradient is zero because one
     behind them began at zero and waits to be filled (LoRA, residual branches); one of a list of equals others of which get gradients
