@@ -72,7 +72,8 @@ def zero_gradient(history: History) -> Iterator[Finding]:
     if 0.0 < largest < UNDERFLOW:
         return
     # What is cut off at its own end, while what runs before it learns, may be meant so.
-    meant = not (cut | clamped | (never & layout.take(history.meta.connected)))[places].any()
+    connected = layout.take(history.meta.connected)
+    meant = not (cut | clamped | (never & connected))[places].any()
     aside = meant and bool((now[: places[-1]] > 0.0).any()) and progress(history) is Progress.IMPROVING
     columns = layout.columns[places[::-1]]
     layers = int(members(layout.layer[places], layout.layers).sum())
