@@ -27,6 +27,9 @@ _FOREIGN = frozenset({"builtins", "collections", "logging", "numpy", "threading"
 _CLAMPS = ("Clamp", "Hardtanh")
 """What begins the names of nodes whose derivative is exactly 0 outside of limits."""
 
+_CHOOSES = ("Topk", "Gather", "Sort", "Max", "Index")
+"""What begins the names of nodes that take the best of several."""
+
 _OPAQUE = ("CompiledFunctionBackward",)
 
 
@@ -141,10 +144,10 @@ def _is_off(node: Any) -> bool:
     if shape is not None and 0 in shape:
         return True
     if shape and type(node).__name__.startswith("SoftmaxBackward"):
+        # Attention over one token, a router of one expert: it gives 1, whatever it is given. Over the one that was chosen it is a mistake.
         dim = private.saved_integer(node, "dim")
-        return (
-            dim is not None and shape[dim] == 1
-        )  # attention over one token, a router of one expert: it gives 1, whatever it is given
+        chosen = any(type(child).__name__.startswith(_CHOOSES) for child, _ in node.next_functions)
+        return dim is not None and shape[dim] == 1 and not chosen
     if not type(node).__name__.startswith("MulBackward"):
         return False
     number = private.saved_number(node, "other")

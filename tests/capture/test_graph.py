@@ -142,6 +142,7 @@ def test_what_only_a_clamp_leads_to_is_told(bound: Callable[[Tensor], Tensor], c
         pytest.param(lambda y, h: torch.round(y).sum(), True, id="rounded"),
         pytest.param(lambda y, h: (h * y.softmax(1)).sum(), True, id="attention over two"),
         pytest.param(lambda y, h: (h * y[:, :1].softmax(-1)).sum(), False, id="over one"),
+        pytest.param(lambda y, h: (h * y.topk(1).values.softmax(-1)).sum(), True, id="over the one that was chosen"),
     ],
 )
 def test_what_is_switched_off_by_zeros_is_told(make: Callable[[Tensor, Tensor], Tensor], on: bool) -> None:
