@@ -142,6 +142,23 @@ def test_without_biases_the_weights_and_the_size_of_the_gradient_tell() -> None:
     assert run.alarms() == []
 
 
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        pytest.param([0.65, 0.2] * 4, True, id="a large and a small one in turns"),
+        pytest.param([0.7, 0.2] * 3, False, id="not so many"),
+        pytest.param([0.6, 0.18] * 4, False, id="less than the mean that is needed"),
+        pytest.param([0.75, 0.09] * 4, False, id="every other is none"),
+    ],
+)
+def test_a_stair_may_have_small_steps_between_large_ones(steps: list[float], told: bool) -> None:
+    meta = chain(len(steps) + 3)
+    level = dict(enumerate(np.concatenate((np.cumsum(steps[::-1])[::-1], [0.0, 0.0, 0.0]))))
+    run = Run(meta, [exploding_gradient])
+    run.records(16, np.array([10.0 ** level[int(f.layer)] for f in meta.parameters]), noise=0.0, weight_norm=KEEPS)
+    assert run.rules() == (["exploding_gradient"] if told else [])
+
+
 def test_large_gradients_beside_small_weights_are_no_evidence() -> None:
     run = Run(chain(16))
     run.records(40, 1e5, weight_norm=KEEPS)

@@ -446,6 +446,21 @@ def test_since_when_it_has_been_a_plateau(before: list[float], step: int) -> Non
 
 
 @pytest.mark.parametrize(
+    ("high", "told"),
+    [
+        pytest.param(25, True, id="comes down within a third"),
+        pytest.param(55, False, id="still comes down"),
+    ],
+)
+def test_a_loss_that_comes_down_to_that_of_a_guess_at_first_makes_no_progress(high: int, told: bool) -> None:
+    run = Run(classifier(2.0), [loss_plateau])
+    rng = np.random.default_rng(0)
+    for i in range(90):
+        run.record(loss=float((2.06 if i < high else 2.0) + 0.004 * rng.standard_normal()))
+    assert run.rules() == (["loss_plateau"] if told else [])
+
+
+@pytest.mark.parametrize(
     ("criterion", "part", "told"),
     [
         pytest.param("cross_entropy", 0.999, False, id="a constant better than a guess, without any spread"),

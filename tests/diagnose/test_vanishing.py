@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,15 @@ def test_a_branch_with_a_head_of_its_own_may_have_a_loss_that_weighs_less() -> N
     run = Run(branches(head_of_the_first=False))
     run.records(12, norms)
     assert run.only("vanishing_gradient").layers == ("a3", "a2", "a1", "a0")
+
+
+def test_in_the_graph_of_a_derivative_the_first_layer_is_next_to_the_loss_too() -> None:
+    meta = chain(8)
+    layers = tuple(replace(fact, role="head") if fact.name == "0" else fact for fact in meta.layers)
+    run = Run(meta := replace(meta, layers=layers))
+    run.records(12, np.array([10.0 ** (int(f.layer) - 7) for f in meta.parameters]))
+    alert = run.only("vanishing_gradient")
+    assert "0" in alert.layers
 
 
 def second_branch(layers: int) -> Meta:
