@@ -37,6 +37,7 @@ _COLUMNS: dict[str, tuple[str, float]] = {
     "last_reached": ("i4", -1),
     "stepped": ("i4", 0),
     "missed": ("i4", 0),
+    "frozen": ("i4", -1),
     "gap": ("i4", 0),
     "orphan": ("i4", 0),
     "stale": ("u2", 0),
@@ -62,7 +63,8 @@ class Baselines:
         reached: `[P]`, records whose backward reached it.
         last_reached: `[P]`, the last step that did; -1: none.
         stepped: `[P]`, records in which its owner stepped.
-        missed: `[P]`, its owner's steps since a backward last reached it.
+        missed: `[P]`, its owner's steps since a backward last reached it, without those while it required no gradient.
+        frozen: `[P]`, the last step that its owner made while it required no gradient; -1: none.
         gap: `[P]`, the longest such run of steps that a backward ended.
         orphan: `[P]`, records in a row that reached it while an optimizer stepped, but not one of its own.
         stale: `[P]`, a bit for each of its owner's last 16 steps, the newest lowest: the gradient still held an old one.
@@ -89,6 +91,7 @@ class Baselines:
     last_reached: NDArray[np.int32]
     stepped: NDArray[np.int32]
     missed: NDArray[np.int32]
+    frozen: NDArray[np.int32]
     gap: NDArray[np.int32]
     orphan: NDArray[np.int32]
     stale: NDArray[np.uint16]
@@ -118,18 +121,19 @@ class Baselines:
         self.idle = 0
         self.finite_losses = 0
 
-    def update(self, row: NDArray[Any], step: int, full: bool = True) -> None:
+    def update(self, row: NDArray[Any], step: int, full: bool = True, trainable: NDArray[np.bool_] | None = None) -> None:
         """Take a record.
 
         Args:
             row: a 0-d structured array with the fields of `records.STATISTICS`.
             step: its number.
             full: it has full statistics: else nothing is in the fields of those.
+            trainable: `[P]`, requires a gradient now; None: all do.
         """
         self.records += 1
         reason = int(row["skip_reason"])
         skipped = bool(row["skipped"])
-        self._count(row["grad_state"], skipped, step)
+        self._count(row["grad_state"], skipped, step, trainable)
         if full:
             self._count_same(row["grad_state"])
         total = float(row["total_norm"])
@@ -147,7 +151,7 @@ class Baselines:
             if new.any():
                 self.first_flat[new], self.first_look[new] = flat[new], step
 
-    def _count(self, state: NDArray[np.uint8], skipped: bool, step: int) -> None:
+    def _count(self, state: NDArray[np.uint8], skipped: bool, step: int, trainable: NDArray[np.bool_] | None) -> None:
         if state.size and int(np.bitwise_and.reduce(state)) & _BOTH == _BOTH and not int(np.bitwise_or.reduce(state)) & _STALE:
             self._count_usual(step)
             return
@@ -161,7 +165,11 @@ class Baselines:
             ends = reached & (self.missed > 0)
             if ends.any():
                 np.maximum(self.gap, self.missed, out=self.gap, where=ends)
-            self.missed += stepped
+            if trainable is None:
+                self.missed += stepped
+            else:
+                self.missed += stepped & trainable
+                np.copyto(self.frozen, np.int32(step), where=stepped & ~trainable)
             np.copyto(self.stale, (self.stale << np.uint16(1)) | ((state & _STALE) != 0), where=stepped)
             if not skipped:
                 self.orphan += reached & ~stepped

@@ -256,7 +256,7 @@ class History:
 
     def _take(self, row: NDArray[Any], full: bool) -> None:
         self.full = full
-        self.baselines.update(row, self.recorded - 1, full)
+        self.baselines.update(row, self.recorded - 1, full, self.meta.trainable)
 
     def set_meta(self, meta: Meta) -> None:
         """Replace the static facts. Columns are matched by name: new ones are NaN in the past, lost ones go."""

@@ -46,7 +46,12 @@ SAME_VALUES = (
 )
 """Names of nodes (without "Backward0") that leave probabilities what they are: put elsewhere, cut out, joined, kept off 0 and 1."""
 
-_OUTER = {"LogSoftmaxBackward0": "softmax", "BinaryCrossEntropyWithLogitsBackward0": "sigmoid"}
+_OUTER = {
+    "LogSoftmaxBackward0": "softmax",
+    "LogsumexpBackward0": "softmax",
+    "BinaryCrossEntropyWithLogitsBackward0": "sigmoid",
+}
+"""What normalises: `logits - logits.logsumexp(-1)`, as `torch.distributions.Categorical` does it, is a log-softmax too."""
 _INNER = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
 
 

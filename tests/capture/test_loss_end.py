@@ -753,6 +753,10 @@ TWICE: dict[str, tuple[Callable[[], Tensor], str]] = {
     "module": (lambda: two(nn.Softmax(-1)(scores(8, 5))), "softmax"),
     "log-softmax-then-nll": (lambda: F.nll_loss(F.log_softmax(scores(8, 5).softmax(-1), -1), labels(8)), "softmax"),
     "label-smoothing": (lambda: F.cross_entropy(scores(8, 5).softmax(-1), labels(8), label_smoothing=0.1), "softmax"),
+    "a-categorical-given-probabilities-as-logits": (
+        lambda: -torch.distributions.Categorical(logits=scores(8, 5).softmax(-1)).log_prob(labels(8)).mean(),
+        "softmax",
+    ),
     "sum": (lambda: F.cross_entropy(scores(8, 5).softmax(-1), labels(8), reduction="sum"), "softmax"),
     "stacked": (lambda: two(steps(torch.stack).flatten(0, 1)), "softmax"),
     "joined": (lambda: two(steps(torch.cat)), "softmax"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradwatch.baselines import KEPT, WINDOW, ZERO, Baselines
-from gradwatch.history import History
+from gradwatch.history import History, LayerFact, Meta, ParameterFact
 from gradwatch.records import GradState, SkipReason
 from tests.diagnose.runs import Run, chain, skipped
 
@@ -179,3 +179,14 @@ def test_the_count_of_a_column_goes_with_it_when_the_model_changes() -> None:
     assert b.same.tolist() == [0, 0, 0, 2]
     b = b.copy()
     assert b.same.tolist() == [0, 0, 0, 2]
+
+
+def test_steps_while_a_parameter_required_no_gradient_are_none_that_it_missed() -> None:
+    baselines = Baselines(2)
+    history = History(Meta((ParameterFact("a", ""), ParameterFact("b", "")), (LayerFact(""),)))
+    for step in range(6):
+        row = history.blank_row()
+        row["grad_state"] = np.array([GradState.REACHED | GradState.STEPPED, GradState.STEPPED], np.uint8)
+        baselines.update(row, step, trainable=np.array([True, step >= 4]))
+    assert baselines.missed.tolist() == [0, 2]
+    assert baselines.frozen.tolist() == [-1, 3]

@@ -286,7 +286,7 @@ def test_a_first_loss_far_from_a_guess_is_told_at_update_10() -> None:
         pytest.param(guessing(2.0), 121.0, 121.0, False, id="a gain that does not"),
         pytest.param(guessing(2.0, ("2.weight", "3.weight")), 240.0, 240.0, True, id="two gains that explain it"),
         pytest.param(guessing(8.0, ("0.weight", "1.weight", "2.weight")), 40.0, 40.0, True, id="three matrices"),
-        pytest.param(guessing(8.0, tuple(f"{i}.weight" for i in range(4))), 40.0, 40.0, False, id="four matrices"),
+        pytest.param(guessing(8.0, tuple(f"{i}.weight" for i in range(4))), 40.0, 40.0, True, id="all four matrices"),
         pytest.param(guessing(16.0, ("3.bias",)), 40.0, 40.0, False, id="a vector"),
         pytest.param(guessing(criterion="nll_loss"), 40.0, 40.0, False, id="another loss"),
         pytest.param(guessing(criterion=""), 40.0, 40.0, False, id="an unknown loss"),
@@ -327,6 +327,23 @@ def test_the_largest_matrix_is_named_first() -> None:
     alert = run.only("poor_init")
     assert (alert.layers, alert.parameters) == (("3", "0"), ("3.weight", "0.weight"))
     assert alert.cause.startswith("The weights of 3 are")
+
+
+@pytest.mark.parametrize(
+    ("first", "gain", "told"),
+    [
+        pytest.param(2000.0, 4.0, True, id="most matrices"),
+        pytest.param(31.0, 4.0, False, id="not surely far"),
+        pytest.param(2000.0, 1.4, False, id="of a usual size"),
+    ],
+)
+def test_where_most_matrices_began_too_large_all_are_named(first: float, gain: float, told: bool) -> None:
+    meta = guessing(gain, ("0.weight", "1.weight", "2.weight", "3.weight"))
+    run = Run(meta, [poor_init])
+    run.records(13, loss=first)
+    assert run.rules() == []
+    run.records(2, loss=first)
+    assert run.rules() == (["poor_init"] if told else [])
 
 
 @pytest.mark.parametrize(("terms", "told"), [(1.0, True), (2.0, True), (4.0, False), (np.nan, True), (0.0, True)])

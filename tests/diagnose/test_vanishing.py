@@ -168,6 +168,23 @@ def test_in_the_graph_of_a_derivative_the_first_layer_is_next_to_the_loss_too() 
     assert "0" in alert.layers
 
 
+@pytest.mark.parametrize(
+    ("gain", "loss", "told"),
+    [
+        pytest.param(0.25, 1.0, True, id="sigmoids"),
+        pytest.param(0.35, 1.0, False, id="what passes on more"),
+        pytest.param(np.nan, 1.0, False, id="nobody looked"),
+        pytest.param(0.25, 0.8, False, id="a loss that improves"),
+    ],
+)
+def test_activations_that_pass_on_little_explain_a_smaller_fall(gain: float, loss: float, told: bool) -> None:
+    run = Run(meta := chain(8, activation="Sigmoid"))
+    gains = np.array([gain if fact.activation else 1.0 for fact in meta.layers])
+    for i in range(20):
+        run.record(fall(8, 3.6), gain=gains, loss=1.0 if i < 5 else loss)
+    assert run.rules() == (["vanishing_gradient"] if told else [])
+
+
 def second_branch(layers: int) -> Meta:
     """A healthy chain of three, then one of `layers` that reads the data itself, then a head."""
     names = [f"a{i}" for i in range(3)] + [f"b{i}" for i in range(layers)] + ["head"]

@@ -117,14 +117,14 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
 
     The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
-    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was. Whether the modules were called
-    in the window, if that was looked at, is told: it separates what forgets them from what detaches their output, and modules of the
-    two kinds are told apart unless they make up one module. A parameter whose module (or
-    the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are
-    ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
+    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or where it was frozen before.
+    Whether the modules were called in the window, if that was looked at, is told: it separates what forgets them from what detaches
+    their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose module (or the modules
+    below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are ignored (a
+    teacher), and so are experts (one of a list some of which are idle now and then, or called so).
     """
     b, meta = history.baselines, history.meta
-    window = np.where(b.reached == 0, MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
+    window = np.where((b.reached == 0) & (b.frozen < 0), MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
     idle = (b.missed >= window) & meta.trainable & meta.owned
     if not idle.any():
         return
@@ -147,7 +147,7 @@ def missing_gradient(history: History) -> Iterator[Finding]:
             yield Finding(
                 "missing_gradient",
                 severity,
-                int(b.last_reached[mask].min()) + 1,
+                int(np.maximum(b.last_reached, b.frozen)[mask].min()) + 1,
                 parameters=named(meta, np.flatnonzero(mask)),
                 message=f"no gradient{ever} in {missed} steps for {_count(count, 'parameter')}{_why(count, before, uncalled, called)}",
                 evidence={

@@ -12,6 +12,7 @@ from gradwatch.diagnose.arrays import median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
+from gradwatch.diagnose.rules.exploding import exploding_gradient
 from gradwatch.diagnose.rules.loss import BINARY, Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.facts import ParameterFact
@@ -113,7 +114,8 @@ def poor_init(history: History) -> Iterator[Finding]:
     exactly zero in every update count while the loss does not improve, but for adapters of a frozen base. *Output*: the loss is known to
     be a mean cross-entropy, its first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for
     a binary one), the median of the last ten is `STILL_FAR` times it (or all of them were lost) and, where the first was less than
-    `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it.
+    `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it, or most matrices have
+    such a gain and yet no gradient explodes by it, at update `PATIENCE`.
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -294,6 +296,8 @@ def _far_from_a_guess(history: History) -> Finding | None:
     if first < SURELY_FAR * guess and (history.recorded < PATIENCE or recovers_soon(history, SOON)):
         return None
     large = _large(history, first / guess)
+    if not large.size and first >= SURELY_FAR * guess and history.recorded >= PATIENCE:
+        large = _all_large(history)
     if not large.size:
         return None
     return Finding(
@@ -313,6 +317,16 @@ def _large(history: History, times: float) -> NDArray[np.int64]:
     large = np.flatnonzero(gains >= LARGE_GAIN)
     # Many that multiply, or one that is passed many times, make gradients explode, and that is told by its name.
     if not 0 < large.size <= FEW or times > EXPLAINED * float(np.prod(gains[large])):
+        return large[:0]
+    return large[np.argsort(-gains[large], kind="stable")]
+
+
+def _all_large(history: History) -> NDArray[np.int64]:
+    """All trainable matrices, the largest first, where most of them began too large and the gradient does not explode by that; else none."""
+    meta = history.meta
+    gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
+    known, large = np.isfinite(gains), np.flatnonzero(gains >= LARGE_GAIN)
+    if 2 * large.size <= int(known.sum()) or any(True for _ in exploding_gradient(history)):
         return large[:0]
     return large[np.argsort(-gains[large], kind="stable")]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median, members
+from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
@@ -31,6 +32,10 @@ FALL_IMPROVING = 4.6
 TINY = 0.2
 """Factor that the sick weights typically leave of a signal's scale, below which they explain a fall, and `SICK` decades suffice while
 the loss does not improve. PyTorch's default leaves 0.58, weights of a hundredth in a layer of 64 leave 0.08."""
+
+FLAT_GAIN = 0.3
+"""What a hidden activation passes on, in the median over those before a cut, from which it is the activations that lose the gradient, and
+`SICK` decades suffice while the loss does not improve: a sigmoid passes 0.25 at most, tanh and rectifiers 0.5 to 1."""
 
 CLEAR = 5.5
 """Decades from which a fall is told at update 10, as it is when `SICK` of it are lost in one place; otherwise it has to be there at
@@ -111,7 +116,7 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     state = progress(history)
     if state is Progress.LOW:
         return
-    falls = [fall for fall in _falls(window, state is Progress.STUCK) if not _is_cut(window, fall)] if deep else []
+    falls = [fall for fall in _falls(history, window, state is Progress.STUCK) if not _is_cut(window, fall)] if deep else []
     if falls:
         yield _by_depth(history, window, falls)
         return
@@ -160,7 +165,7 @@ def _may_be_stuck(history: History, layout: Layout) -> bool:
     return bool((layout.take(history.baselines.update_ratio) <= NEGLIGIBLE).any())
 
 
-def _falls(window: Window, stuck: bool) -> Iterator[_Fall]:
+def _falls(history: History, window: Window, stuck: bool) -> Iterator[_Fall]:
     layout, level = window.layout, window.level
     after = _largest_after(np.where(layout.reference, level, -np.inf))
     fall = after - _largest_so_far(level, layout.branch)
@@ -169,7 +174,7 @@ def _falls(window: Window, stuck: bool) -> Iterator[_Fall]:
     ends = np.flatnonzero(np.append(layout.branch[1:] != layout.branch[:-1], True)) + 1
     start = 0
     for stop in ends:
-        found = _fall_in(window, fall, start, int(stop), stuck)
+        found = _fall_in(history, window, fall, start, int(stop), stuck)
         if found is not None:
             yield found
         start = int(stop)
@@ -195,7 +200,7 @@ def _is_cut(window: Window, fall: _Fall) -> bool:
     return bool((window.late[matrices] <= NOTHING).all() and window.late[fall.stop :].max() > np.log10(UNDERFLOW))
 
 
-def _fall_in(window: Window, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
+def _fall_in(history: History, window: Window, fall: NDArray[np.float64], start: int, stop: int, stuck: bool) -> _Fall | None:
     layout, logs = window.layout, window.logs
     inside = fall[start:stop]
     cuts = np.flatnonzero(inside >= SICK)
@@ -212,7 +217,7 @@ def _fall_in(window: Window, fall: NDArray[np.float64], start: int, stop: int, s
     if start > 0 and layers < LAYERS_IN_BRANCH:
         return None
     tiny = median(window.weights[matrices] * layout.gain[matrices]) < TINY
-    need = (SICK if tiny else FALL) if stuck else FALL_IMPROVING
+    need = (SICK if tiny or _flat(history, window, start, cut) else FALL) if stuck else FALL_IMPROVING
     if layers == 1:
         need = max(need, LONE)
     excused = _unfinished(window, deepest)
@@ -232,6 +237,19 @@ def _fall_in(window: Window, fall: NDArray[np.float64], start: int, stop: int, s
     if pace < 0 and median(each[-3:]) + soon * pace < min(SICK, need - 0.5):
         return None
     return _Fall(start, cut, reference, whole, drop, last, decades + excused)
+
+
+def _flat(history: History, window: Window, start: int, cut: int) -> bool:
+    """The activations that run among the layers of a part pass on little of what they get."""
+    meta = history.meta
+    ranks = execution_of(meta).rank
+    among = ranks[meta.layer_index[window.layout.columns[[start, cut - 1]]]]
+    own = (
+        np.array([fact.activation is not None for fact in meta.layers], bool) & (ranks >= among.min()) & (ranks <= among.max() + 1)
+    )
+    gains = history.recent("gain", WINDOW)[:, own]
+    gains = gains[np.isfinite(gains)]
+    return bool(gains.size and float(np.median(gains)) <= FLAT_GAIN)
 
 
 def _has_own_head(window: Window, start: int, cut: int) -> bool:
