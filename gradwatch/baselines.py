@@ -176,6 +176,19 @@ class Baselines:
                 np.copyto(self.orphan, np.int32(0), where=stepped)
         np.copyto(self.missed, np.int32(0), where=reached)
 
+    def thaw(self, columns: NDArray[np.bool_], records: int) -> None:
+        """Some have required a gradient for so many records already, in which they were counted as frozen.
+
+        Args:
+            columns: `[P]`, which.
+            records: how many.
+        """
+        late = columns & (self.frozen >= 0)
+        if late.any():
+            back = np.minimum(np.int32(records), self.frozen + 1)
+            self.missed[late] += back[late]
+            self.frozen[late] -= back[late]
+
     def _count_same(self, state: NDArray[np.uint8]) -> None:
         if self.same.any():
             np.copyto(self.same, np.int32(0), where=(state & _CHANGED) != 0)

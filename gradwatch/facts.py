@@ -15,6 +15,10 @@ SYMMETRY_AFTER = 8
 """Records after which rows that were equal are compared again: before the earliest verdict, at update 10."""
 
 
+FROZEN_AFTER = 5
+"""Records running that have to find a parameter frozen, or thawed, for that to be meant so: a GAN freezes its other half for a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterFact:
     """What does not change about one parameter.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import Baselines
-from gradwatch.facts import LayerFact, Meta, ParameterFact, Pending
+from gradwatch.facts import FROZEN_AFTER, LayerFact, Meta, ParameterFact, Pending
 from gradwatch.records import SCHEMA, STATISTICS, StepRecord
 
 __all__ = ["MAX_BYTES", "History", "LayerFact", "Meta", "ParameterFact", "Pending", "RingBuffer"]
@@ -260,10 +260,11 @@ class History:
 
     def set_meta(self, meta: Meta) -> None:
         """Replace the static facts. Columns are matched by name: new ones are NaN in the past, lost ones go."""
-        old_p, old_l = self._parameters, self._layers
+        old_p, old_l, was = self._parameters, self._layers, self.meta.trainable
         self.meta = meta
         self._set_names()
         if (old_p, old_l) == (self._parameters, self._layers):
+            self.baselines.thaw(meta.trainable & ~was, FROZEN_AFTER - 1)
             return
         old = self._ring
         dtype = _row_dtype(len(self._parameters), len(self._layers))

@@ -29,12 +29,8 @@ from gradwatch.capture.slab import CLIP_COEF, GRADIENTS, LOSS, PROBES, SCALARS, 
 from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
-from gradwatch.facts import Meta, Pending
+from gradwatch.facts import FROZEN_AFTER, Meta, Pending
 from gradwatch.records import GradState, Sampling
-
-_FROZEN_AFTER = 5
-"""Records running with the same parameters frozen after which the static facts follow: before a missing gradient is told (9 steps)."""
-
 
 _TURN = 64
 """Records after which an optimizer that has not stepped takes no turns with the others any more. Critics mostly step five times for one
@@ -720,7 +716,7 @@ class Recorder:
             return
         pattern = [p.requires_grad for p in self.table.params]
         self._frozen_seen = [*self._frozen_seen, pattern] if self._frozen_seen[:1] in ([], [pattern]) else [pattern]
-        if len(self._frozen_seen) >= _FROZEN_AFTER:
+        if len(self._frozen_seen) >= FROZEN_AFTER:
             self._frozen_seen.clear()
             self._rescan()
 

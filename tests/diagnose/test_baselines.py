@@ -190,3 +190,9 @@ def test_steps_while_a_parameter_required_no_gradient_are_none_that_it_missed() 
         baselines.update(row, step, trainable=np.array([True, step >= 4]))
     assert baselines.missed.tolist() == [0, 2]
     assert baselines.frozen.tolist() == [-1, 3]
+    baselines.thaw(np.array([True, True]), 3)
+    assert baselines.missed.tolist() == [0, 5]
+    assert baselines.frozen.tolist() == [-1, 0]
+    baselines.thaw(np.array([True, True]), 3)
+    assert baselines.missed.tolist() == [0, 6]
+    assert baselines.frozen.tolist() == [-1, -1]
