@@ -40,7 +40,7 @@ FILES = {
             "deciders",
         )
     ),
-    "second": (),
+    "second": tuple(f"tests.zoo.held_out.{m}" for m in ("pixels", "words", "control", "steps")),
 }
 """The modules of each half; each has a list CASES. Rules are developed on the first, the second is only run to report."""
 
