@@ -69,6 +69,8 @@ class Incidents:
         found += [(finding, lasts.get(finding.rule, 1)) for finding in also if finding.rule not in told]
         # A cause opens its incident before its consequences look for one.
         for finding, persistence in sorted(found, key=lambda pair: RANK.get(pair[0].rule, len(RANK))):
+            if self._was_told(finding):
+                continue
             incident = self._cause_of(finding, history) or self._same(finding)
             if incident is None:
                 incident = self._open(finding, persistence, history)
@@ -123,6 +125,14 @@ class Incidents:
             if not layers:
                 layers = layers_of(meta, parameters)
         return replace(finding, step=int(finding.step), parameters=parameters, layers=layers, evidence=evidence)
+
+    def _was_told(self, finding: Finding) -> bool:
+        """Weights most of which began too large, where the gradient has exploded across depth: that is the same, under the better name."""
+        return (
+            finding.rule == "poor_init"
+            and finding.evidence.get("most", 0.0) > 0
+            and any(each.alert.rule == "exploding_gradient" and "growing" not in each.alert.evidence for each in self._incidents)
+        )
 
     # -- incidents -----------------------------------------------------------------------------------------------------------------
 

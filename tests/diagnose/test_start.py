@@ -346,6 +346,15 @@ def test_where_most_matrices_began_too_large_all_are_named(first: float, gain: f
     assert run.rules() == (["poor_init"] if told else [])
 
 
+@pytest.mark.parametrize(("exploded", "rule"), [(True, "exploding_gradient"), (False, "poor_init")])
+def test_where_the_gradient_has_exploded_by_it_that_is_told_alone(exploded: bool, rule: str) -> None:
+    meta = guessing(4.0, ("0.weight", "1.weight", "2.weight", "3.weight"))
+    run = Run(meta)
+    run.records(12, [1e5, 1e5, 1e4, 1e4, 1e2, 1e2, 1.0, 1.0] if exploded else 1.0, loss=2000.0, weight_norm=32.0)
+    run.records(40, loss=2000.0)
+    assert run.rules() == [rule]
+
+
 @pytest.mark.parametrize(("terms", "told"), [(1.0, True), (2.0, True), (4.0, False), (np.nan, True), (0.0, True)])
 def test_several_losses_an_update_begin_as_many_times_as_high(terms: float, told: bool) -> None:
     run = Run(guessing(), [poor_init])

@@ -295,9 +295,9 @@ def _far_from_a_guess(history: History) -> Finding | None:
         return None
     if first < SURELY_FAR * guess and (history.recorded < PATIENCE or recovers_soon(history, SOON)):
         return None
-    large = _large(history, first / guess)
+    large, most = _large(history, first / guess), 0.0
     if not large.size and first >= SURELY_FAR * guess and history.recorded >= PATIENCE:
-        large = _all_large(history)
+        large, most = _all_large(history), 1.0
     if not large.size:
         return None
     return Finding(
@@ -306,7 +306,7 @@ def _far_from_a_guess(history: History) -> Finding | None:
         0,
         parameters=named(meta, large),
         message=f"the first loss was {first:.3g}, {first / guess:.2g} times that of a guess ({guess:.2g})",
-        evidence={"first_loss": first, "guess": guess},
+        evidence={"first_loss": first, "guess": guess} | ({"most": most} if most else {}),
     )
 
 
