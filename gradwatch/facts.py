@@ -14,6 +14,8 @@ from gradwatch.records import SCHEMA
 SYMMETRY_AFTER = 8
 """Records after which rows that were equal are compared again: before the earliest verdict, at update 10."""
 
+BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
+"""Criteria of two classes."""
 
 FROZEN_AFTER = 5
 """Records running that have to find a parameter frozen, or thawed, for that to be meant so: a GAN freezes its other half for a step."""

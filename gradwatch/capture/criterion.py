@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradwatch.capture import private
-from gradwatch.capture.loss_end import SAME_VALUES, name_of, starts_of, through
+from gradwatch.capture.graph import starts_of
+from gradwatch.capture.loss_end import SAME_VALUES, name_of, through
 from gradwatch.capture.parameters import on_host
+from gradwatch.facts import BINARY
 
 _NAMES = {
     "NllLoss": "cross_entropy",
@@ -27,8 +29,6 @@ _NAMES = {
 }
 _SYMMETRIC = frozenset({"mse_loss", "smooth_l1_loss", "huber_loss"})
 """Those that may be given the target first."""
-
-BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
 
 _REDUCTIONS = ("none", "mean", "sum")
 """By their numbers in torch."""
@@ -264,7 +264,7 @@ def _of_shares(place: _Place) -> _Term | None:
     logs, axis = private.saved_tensor(soft, "result"), private.saved_integer(soft, "dim")
     if name_of(soft) != "LogSoftmax" or shares is None or logs is None or axis is None or not _readable(shares):
         return None
-    if shares.numel() > _TARGETS or not shares.numel() or shares.shape != logs.shape:
+    if shares.numel() > _TARGETS or not shares.numel() or not shares.dim() or shares.shape != logs.shape:
         return None
     values = shares.detach().double()
     rows = values.sum(axis)
@@ -308,7 +308,7 @@ def _guess(name: str, node: Any, of: str) -> float:
         return math.nan
     values = target.detach().double()
     with torch.no_grad():
-        if name.startswith("binary"):
+        if name in BINARY:
             share = values.mean(0)
             # Exactly 0, which is not known, where all targets are the same: a first batch without a positive one says nothing.
             return float((torch.special.entr(share) + torch.special.entr(1.0 - share)).mean())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradwatch.capture import private, saturation
+from gradwatch.capture.graph import starts_of
 from gradwatch.capture.parts import Activation, Part, Row
 
 MAX_NODES = 20_000
@@ -39,9 +40,7 @@ def find_functions(
     by_node = {part.node: part for part in parts if part.node >= 0 and part.own[0]}
     if not by_node:
         return 0
-    todo = [
-        node for root in roots if (node := root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)) is not None
-    ]
+    todo = starts_of(roots)
     seen: set[Any] = set(todo)
     found = 0
     while todo and len(seen) < MAX_NODES:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,15 +64,9 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
         limit: nodes after which the walk is cut short.
     """
     facts = GraphFacts()
-    seen: set[Any] = set()
-    queue: deque[tuple[Any, int]] = deque()
-    starts = [
-        node for root in roots if (node := root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)) is not None
-    ]
-    for node in starts:
-        if node not in seen:
-            seen.add(node)
-            queue.append((node, 0))
+    starts = dict.fromkeys(starts_of(roots))
+    seen: set[Any] = set(starts)
+    queue: deque[tuple[Any, int]] = deque((node, 0) for node in starts)
     clamps = False
     while queue:
         node, depth = queue.popleft()
@@ -83,7 +77,7 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
         # A custom function, reentrant checkpoint among them, carries `_forward_cls`: what it does inside is its own affair.
         if name in _OPAQUE or hasattr(node, "_forward_cls"):
             facts.opaque = True
-        clamps = clamps or name.startswith(_CLAMPS)
+        clamps = clamps or _is_clamp(node)
         number = -1
         for below, _ in node.next_functions:
             if below is None:
@@ -98,24 +92,8 @@ def walk(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODE
                 seen.add(below)
                 queue.append((below, depth + 1))
     if clamps and not facts.opaque:
-        facts.clamped = set(facts.distance) - _reached_freely(starts, slot_of)
+        facts.clamped = set(facts.distance) - _reached(starts, slot_of, _is_clamp, limit + 1)
     return facts
-
-
-def _reached_freely(starts: Iterable[Any], slot_of: Mapping[int, int]) -> set[int]:
-    """Slots that some path leads to that goes through no clamp."""
-    todo = [node for node in starts if not type(node).__name__.startswith(_CLAMPS)]
-    seen, found = set(todo), set()
-    while todo:
-        node = todo.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found.add(slot_of.get(id(leaf), -1))
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen and not type(below).__name__.startswith(_CLAMPS):
-                seen.add(below)
-                todo.append(below)
-    return found
 
 
 def switched_on(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NODES) -> set[int]:
@@ -124,22 +102,35 @@ def switched_on(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = M
 
     Before the backward, which frees what is read here. Nothing that is on a device is read.
     """
-    todo = [
-        node for root in roots if (node := root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)) is not None
-    ]
+    return _reached(starts_of(roots), slot_of, _is_off, limit)
+
+
+def starts_of(roots: Iterable[Any]) -> list[Any]:
+    """The nodes of tensors, or of edges of the graph; those that have none are left out."""
+    nodes = (root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None) for root in roots)
+    return [node for node in nodes if node is not None]
+
+
+def _reached(starts: Iterable[Any], slot_of: Mapping[int, int], ends: Callable[[Any], bool], limit: int) -> set[int]:
+    """Slots that some path leads to without a node that `ends` it."""
+    todo = list(dict.fromkeys(starts))
     seen, found = set(todo), set()
     while todo and len(seen) < limit:
         node = todo.pop()
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.add(slot_of.get(id(leaf), -1))
-        if _is_off(node):
+        if ends(node):
             continue
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
                 todo.append(below)
     return found - {-1}
+
+
+def _is_clamp(node: Any) -> bool:
+    return type(node).__name__.startswith(_CLAMPS)
 
 
 def _is_off(node: Any) -> bool:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from gradwatch.capture import private
+from gradwatch.capture.graph import starts_of
 
 MAX_NODES = 100_000
 """Nodes looked at; 1.5 us each, once for each graph. What lies behind more is not found."""
@@ -88,11 +87,6 @@ def squashed(roots: Iterable[Any], limit: int = MAX_NODES) -> Squashed | None:
                 seen.add(below)
                 todo.append(below)
     return None
-
-
-def starts_of(roots: Iterable[Any]) -> list[Any]:
-    nodes = (root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None) for root in roots)
-    return [node for node in nodes if node is not None]
 
 
 def through(node: Any, names: tuple[str, ...]) -> Any:

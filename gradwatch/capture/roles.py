@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from gradwatch.capture import private
+from gradwatch.capture.graph import starts_of
 
 MAX_NODES = 100_000
 """Nodes looked at; 3 us each (measured), once for each graph. A larger graph has no roles."""
@@ -61,9 +60,7 @@ def roles(roots: Iterable[Any], slot_of: Mapping[int, int], limit: int = MAX_NOD
         slot_of: `id(parameter)` -> slot.
         limit: nodes after which there is no answer.
     """
-    starts = [
-        node for root in roots if (node := root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None)) is not None
-    ]
+    starts = starts_of(roots)
     found = Roles()
     used: dict[Any, tuple[int, ...]] = {}
     begins: dict[Any, tuple[int, ...]] = {}

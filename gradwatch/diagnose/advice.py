@@ -310,8 +310,9 @@ def _zero(finding: Finding, history: History) -> tuple[str, str]:
     first = finding.layers[0] or "(model)" if finding.layers else "them"
     if finding.evidence.get("clamped", 0.0) > 0:
         return (
-            f"What {first} gives goes through a clamp, and lies outside its limits, where the derivative is exactly 0.",
-            "Begin inside the limits (the bias of the last layer), or bound it smoothly: softplus, or low + (high - low) * sigmoid(x).",
+            f"What {first} gives goes through a clamp, whose derivative is exactly 0 outside its limits.",
+            "Begin inside the limits (the bias of the last layer), or bound it smoothly: softplus, or low + (high - low) * sigmoid(x). If it "
+            "lies inside, look for round, sign or a comparison beside the clamp.",
         )
     if finding.evidence.get("layers", 0.0) == finding.evidence.get("layers_in_all", -1.0):
         return (

@@ -76,7 +76,7 @@ def touches(cause: Alert | Finding, consequence: Alert | Finding, history: Histo
 def dies_of_it(cause: Alert, consequence: Alert | Finding, history: History) -> bool:
     """Whether an activation passes nothing because what feeds it was starved before; or layers are starved, or enlarge what passes them,
     because steps that replace the weights made them so; or activations block because weights grew without bound."""
-    if cause.rule == "update_ratio_too_large" and (consequence.rule in _STARVED or _explodes_in_depth(consequence)):
+    if cause.rule == "update_ratio_too_large" and (consequence.rule in _STARVED or explodes_in_depth(consequence)):
         return cause.step <= consequence.step and overlap(cause.layers, consequence.layers)
     if cause.rule == "exploding_gradient" and "growing" in cause.evidence and consequence.rule in _BLOCKS:
         return cause.step < consequence.step  # weights that have grown without bound
@@ -84,7 +84,8 @@ def dies_of_it(cause: Alert, consequence: Alert | Finding, history: History) -> 
     return starved and starts_before(history.meta, cause.parameters, consequence.layers)
 
 
-def _explodes_in_depth(finding: Alert | Finding) -> bool:
+def explodes_in_depth(finding: Alert | Finding) -> bool:
+    """Whether it tells of growth towards the input, and not in time."""
     return finding.rule == "exploding_gradient" and "growing" not in finding.evidence
 
 

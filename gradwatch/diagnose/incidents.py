@@ -13,7 +13,18 @@ from math import isfinite
 from typing import Any
 
 from gradwatch.diagnose.advice import explain
-from gradwatch.diagnose.causes import CAUSES, FROM_START, POISON, RANK, SYMPTOM, dies_of_it, earliest, is_origin, touches
+from gradwatch.diagnose.causes import (
+    CAUSES,
+    FROM_START,
+    POISON,
+    RANK,
+    SYMPTOM,
+    dies_of_it,
+    earliest,
+    explodes_in_depth,
+    is_origin,
+    touches,
+)
 from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
@@ -67,9 +78,10 @@ class Incidents:
         told = {finding.rule for finding, _ in found}
         lasts = {name_of(rule): persistence_of(rule) for rule in self._rules}
         found += [(finding, lasts.get(finding.rule, 1)) for finding in also if finding.rule not in told]
+        exploded = any(explodes_in_depth(finding) for finding, _ in found)
         # A cause opens its incident before its consequences look for one.
         for finding, persistence in sorted(found, key=lambda pair: RANK.get(pair[0].rule, len(RANK))):
-            if self._was_told(finding):
+            if _is_what_most_began_with(finding) and (exploded or self._has_exploded()):
                 continue
             incident = self._cause_of(finding, history) or self._same(finding)
             if incident is None:
@@ -126,13 +138,8 @@ class Incidents:
                 layers = layers_of(meta, parameters)
         return replace(finding, step=int(finding.step), parameters=parameters, layers=layers, evidence=evidence)
 
-    def _was_told(self, finding: Finding) -> bool:
-        """Weights most of which began too large, where the gradient has exploded across depth: that is the same, under the better name."""
-        return (
-            finding.rule == "poor_init"
-            and finding.evidence.get("most", 0.0) > 0
-            and any(each.alert.rule == "exploding_gradient" and "growing" not in each.alert.evidence for each in self._incidents)
-        )
+    def _has_exploded(self) -> bool:
+        return any(explodes_in_depth(each.alert) for each in self._incidents)
 
     # -- incidents -----------------------------------------------------------------------------------------------------------------
 
@@ -207,10 +214,10 @@ class Incidents:
             if (rank < RANK.get(other.alert.rule, -1) or dies[i])
             and other.alert.rule not in _EVENTS
             and incident.earliest - (not _follows_steps(cause.rule, other.alert.rule)) <= other.alert.step
-            and (other.alert.step <= cause.step + 1 or dies[i] or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
+            and (other.alert.step <= cause.step + 1 or dies[i] or cause.rule in FROM_START)
             and history.recorded - other.record <= 2 * incident.persistence
             and cause.rule not in POISON
-            and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START or _is_its_loss(cause, other.alert))
+            and (bool(other.alert.layers) == bool(cause.layers) or cause.rule in FROM_START)
             and (dies[i] or touches(cause, other.alert, history))
         ]
         if not taken:
@@ -289,14 +296,14 @@ def _follows_steps(cause: str, consequence: str) -> bool:
     return cause == "exploding_gradient" and consequence.startswith("update_ratio")
 
 
-def _is_news(cause: Alert, consequence: Finding) -> bool:
-    """A loss that is gone for good is told, whatever steps or gradients were told before: it is what the user goes by."""
+def _is_what_most_began_with(finding: Finding) -> bool:
+    """Most weights began too large: where the gradient explodes across depth by that, that is the better name for it."""
+    return finding.rule == "poor_init" and finding.evidence.get("most", 0.0) > 0
+
+
+def _is_news(cause: Alert, consequence: Alert | Finding) -> bool:
+    """A loss that is gone for good is told, whatever steps or gradients are told besides: it is what the user goes by."""
     return consequence.rule == "loss_diverging" and (cause.rule == "update_ratio_too_large" or "growing" in cause.evidence)
-
-
-def _is_its_loss(cause: Alert, consequence: Alert) -> bool:
-    """A loss that diverges is what a gradient that explodes in time does."""
-    return consequence.rule == "loss_diverging" and cause.rule == "exploding_gradient" and "growing" in cause.evidence
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -270,6 +270,26 @@ def test_what_is_wrong_from_the_start_takes_the_place_of_what_was_told_before(ca
     assert [(n, a.rule) for n, a in run.sent] == [(10, rule), (22, cause)]
 
 
+MOST = finding("poor_init", layers=("3",), evidence={"most": 1.0})
+DEEP = finding("exploding_gradient", layers=("0",))
+GROWS = replace(DEEP, evidence={"growing": 1.0})
+
+
+def test_where_the_gradient_explodes_by_the_weights_most_began_with_that_is_the_name() -> None:
+    assert both(MOST, DEEP) == ["exploding_gradient"]
+    assert both(finding("poor_init", layers=("3",)), DEEP) == ["poor_init"], "a few matrices explain it"
+    assert both(MOST, GROWS) == ["poor_init"], "it grows in time"
+    assert later(MOST, DEEP, told=40).rules() == ["exploding_gradient"], "also where that has ended"
+
+
+@pytest.mark.parametrize("cause", [finding("update_ratio_too_large", layers=("",)), replace(GROWS, layers=("",))])
+def test_a_loss_that_is_gone_is_told_beside_what_made_it_so_whichever_is_seen_first(cause: Finding) -> None:
+    gone = finding("loss_diverging", step=4)
+    assert both(cause, gone) == [cause.rule, "loss_diverging"]
+    assert later(cause, gone).rules() == ["loss_diverging", cause.rule]
+    assert later(gone, cause).rules() == [cause.rule, "loss_diverging"]
+
+
 def test_it_takes_the_place_of_the_first_and_the_others_go() -> None:
     spike, vanishing, zero = (finding(f"{name}_gradient", layers=("0",)) for name in ("missing", "vanishing", "zero"))
     before = [replace(vanishing, step=2), replace(zero, step=3, layers=("2",)), finding("loss_diverging", step=1), spike]

@@ -95,7 +95,7 @@ def test_what_has_been_behind_a_clamp_from_the_start_is_told_though_the_rest_lea
     (alert,) = run.incidents.alerts
     assert (alert.rule, alert.severity, alert.layers) == ("zero_gradient", severity, (zero[0][0],))
     if meta.clamped.any():
-        assert alert.cause.startswith(f"What {zero[0][0]} gives goes through a clamp, and lies outside its limits")
+        assert alert.cause.startswith(f"What {zero[0][0]} gives goes through a clamp, whose derivative is exactly 0")
     if zero == ("2.bias",):
         assert alert.message == "the gradient is exactly zero in 2.bias, 1 at 3"
 

@@ -274,9 +274,10 @@ def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64],
         stair = steps[:-1] >= STAIR
         four = stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3]
         hit[3:-1] |= four & (grown[3:-1] >= GROWTH_EXPLAINED)
-    if count > LONG_STAIR:
-        up = np.lib.stride_tricks.sliding_window_view(steps[:-1], LONG_STAIR)
-        long = (up >= EVERY * STAIR).all(axis=1) & (up.mean(axis=1) >= STAIR)
+    rises = steps[:-1] >= EVERY * STAIR
+    if int(rises.sum()) >= LONG_STAIR:
+        long = np.convolve(rises, np.ones(LONG_STAIR, int), "valid") == LONG_STAIR
+        long &= level[:-LONG_STAIR] - level[LONG_STAIR:] >= LONG_STAIR * STAIR
         hit[LONG_STAIR - 1 : -1] |= long & (grown[LONG_STAIR - 1 : -1] >= GROWTH_EXPLAINED)
     return hit
 

@@ -10,9 +10,6 @@ from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
 from gradwatch.history import History
 
-BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
-"""Criteria of two classes."""
-
 LOW = 1 / 20
 """Of its first values: a loss below is low, and gradients that fall with it are its success (design, section 4)."""
 

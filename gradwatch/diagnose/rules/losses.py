@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
-from gradwatch.diagnose.rules.loss import BINARY, guess_of
+from gradwatch.diagnose.rules.loss import guess_of
 from gradwatch.diagnose.rules.rule import patient, persistent
+from gradwatch.facts import BINARY
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 

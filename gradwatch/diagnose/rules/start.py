@@ -12,10 +12,9 @@ from gradwatch.diagnose.arrays import median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
-from gradwatch.diagnose.rules.exploding import exploding_gradient
-from gradwatch.diagnose.rules.loss import BINARY, Progress, guess_of, has_learnt, progress, recovers_soon
+from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
-from gradwatch.facts import ParameterFact
+from gradwatch.facts import BINARY, ParameterFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -115,7 +114,7 @@ def poor_init(history: History) -> Iterator[Finding]:
     be a mean cross-entropy, its first value was `FAR_FROM_A_GUESS` times that of the best constant output, ln C (of equal odds, ln 2, for
     a binary one), the median of the last ten is `STILL_FAR` times it (or all of them were lost) and, where the first was less than
     `SURELY_FAR` times it, does not recover `SOON`; and `FEW` matrices whose gain is `LARGE_GAIN` or more explain it, or most matrices have
-    such a gain and yet no gradient explodes by it, at update `PATIENCE`.
+    such a gain at update `PATIENCE` (and no gradient has exploded by it: that would be told instead).
 
     Ignored: matrices of one row; zeros that training fills (heads, LoRA, residual branches that begin at zero); matrices that no
     optimizer steps; sizes that only make a gradient vanish or explode, which is told under that name.
@@ -297,7 +296,7 @@ def _far_from_a_guess(history: History) -> Finding | None:
         return None
     large, most = _large(history, first / guess), 0.0
     if not large.size and first >= SURELY_FAR * guess and history.recorded >= PATIENCE:
-        large, most = _all_large(history), 1.0
+        large, most = _most(history), 1.0
     if not large.size:
         return None
     return Finding(
@@ -321,12 +320,12 @@ def _large(history: History, times: float) -> NDArray[np.int64]:
     return large[np.argsort(-gains[large], kind="stable")]
 
 
-def _all_large(history: History) -> NDArray[np.int64]:
-    """All trainable matrices, the largest first, where most of them began too large and the gradient does not explode by that; else none."""
+def _most(history: History) -> NDArray[np.int64]:
+    """The trainable matrices that began too large, the largest first, where most did; else none."""
     meta = history.meta
     gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
     known, large = np.isfinite(gains), np.flatnonzero(gains >= LARGE_GAIN)
-    if 2 * large.size <= int(known.sum()) or any(True for _ in exploding_gradient(history)):
+    if 2 * large.size <= int(known.sum()):
         return large[:0]
     return large[np.argsort(-gains[large], kind="stable")]
 

@@ -66,8 +66,8 @@ of a guess: weights that began tiny are replaced on their way (linear prediction
 
 LARGE_ONCE, LARGE_ON = 0.5, 0.1
 """Update ratio of one look, and median one of the last `LOOKS`, from which steps are too large where the losses since lie `WORSE` times
-above what the run began with and above that of a guess: healthy AdamW runs begin near 0.1, and no healthy run gets worse than untrained
-by what it did to its weights."""
+above what the run began with and above that of a guess: healthy AdamW runs begin near 0.1 (design), and in no healthy run of the zoo do
+such losses go with such steps."""
 
 JUMP = 10.0
 """Times the median of the looks before from which a ratio of `SUSTAINED` is a jump: a learning rate that is raised too far. What it did
@@ -183,18 +183,16 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
         at_once = float(ratios.max())
         jump = _jump(history, ratios, steps)
         if jump is not None:
-            ratios, steps, at_once = ratios[jump:], steps[jump:], float(ratios[jump:].max())
-        elif not (
-            at_once >= AT_ONCE or usual >= SUSTAINED or (at_once >= LARGE_ONCE and usual >= LARGE_ON and _got_worse(history))
-        ):
+            ratios, steps, since = ratios[jump:], steps[jump:], 0
+            at_once = float(ratios.max())
+        elif usual >= SUSTAINED:
+            since = _since_large(ratios)
+        elif at_once >= AT_ONCE:
+            since = int(np.argmax(ratios >= AT_ONCE))
+        elif at_once >= LARGE_ONCE and usual >= LARGE_ON and _got_worse(history):
+            since = int(ratios.argmax())
+        else:
             continue
-        since = (
-            0
-            if jump is not None
-            else _since_large(ratios)
-            if usual >= SUSTAINED
-            else int(np.argmax(ratios >= min(AT_ONCE, at_once)))
-        )
         step = int(steps[since])
         if jump is None and not _did_harm(history, step) and (learnt or (at_once < WHOLE and _fell(history))):
             continue
