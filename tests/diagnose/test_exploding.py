@@ -149,7 +149,7 @@ def test_without_biases_the_weights_and_the_size_of_the_gradient_tell() -> None:
         pytest.param([0.7, 0.2] * 3, False, id="not so many"),
         pytest.param([0.6, 0.18] * 4, False, id="less than the mean that is needed"),
         pytest.param([0.75, 0.09] * 4, False, id="every other is none"),
-        pytest.param([0.6, 0.3, 0.6, 0.2, 0.02, 0.6, 0.3, 0.6, 0.15], False, id="a stop before it is long"),
+        pytest.param([0.9, 0.2, 0.8, 0.15, 0.02, 0.35, 0.25, 0.55, 0.12], False, id="a stop before it is long"),
     ],
 )
 def test_a_stair_may_have_small_steps_between_large_ones(steps: list[float], told: bool) -> None:
