@@ -143,20 +143,21 @@ def test_without_biases_the_weights_and_the_size_of_the_gradient_tell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("each", "norms", "told"),
     [
-        pytest.param([0.65, 0.2] * 4, True, id="a large and a small one in turns"),
-        pytest.param([0.7, 0.2] * 3, False, id="not so many"),
-        pytest.param([0.6, 0.18] * 4, False, id="less than the mean that is needed"),
-        pytest.param([0.75, 0.09] * 4, False, id="every other is none"),
-        pytest.param([0.9, 0.2, 0.8, 0.15, 0.02, 0.35, 0.25, 0.55, 0.12], False, id="a stop before it is long"),
+        pytest.param(0.5, True, True, id="four layers with a normalisation between each two"),
+        pytest.param(0.5, False, False, id="what lies between are layers too"),
+        pytest.param(0.38, True, False, id="less each time"),
     ],
 )
-def test_a_stair_may_have_small_steps_between_large_ones(steps: list[float], told: bool) -> None:
-    meta = chain(len(steps) + 3)
-    level = dict(enumerate(np.concatenate((np.cumsum(steps[::-1])[::-1], [0.0, 0.0, 0.0]))))
-    run = Run(meta, [exploding_gradient])
-    run.records(16, np.array([10.0 ** level[int(f.layer)] for f in meta.parameters]), noise=0.0, weight_norm=KEEPS)
+def test_a_stair_leaves_normalisations_aside(each: float, norms: bool, told: bool) -> None:
+    """Each layer enlarges the gradient, and what lies before it gets a little less than the layer."""
+    meta = chain(11)
+    kind = "normalization" if norms else "linear"
+    layers = tuple(replace(f, kind=kind) if f.name in ("1", "3", "5", "7", "9") else f for f in meta.layers)
+    level = [each * (10 - i) / 2 - (0.3 if i % 2 else 0.0) for i in range(11)]
+    run = Run(replace(meta, layers=layers), [exploding_gradient])
+    run.records(12, np.array([10.0 ** level[int(f.layer)] for f in meta.parameters]), noise=0.0, weight_norm=KEEPS)
     assert run.rules() == (["exploding_gradient"] if told else [])
 
 
@@ -193,10 +194,26 @@ def test_a_norm_that_grows_while_the_loss_does_not_is_none() -> None:
 
 
 def test_growth_that_stops_is_none() -> None:
-    run = Run(chain(4))
+    run = Run(chain(4), [exploding_gradient])
     for i in range(60):
         run.record(30.0 if i > 20 else 1.2**i, loss=30.0 if i > 20 else 1.2**i)
     assert run.alarms() == []
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        pytest.param([400.0], False, id="one batch is unlike the others"),
+        pytest.param([400.0, 1.6], False, id="and the next is not"),
+        pytest.param([20.0, 400.0], True, id="two steps"),
+        pytest.param([400.0, 500.0], True, id="it goes on"),
+    ],
+)
+def test_a_single_jump_is_no_growth_until_the_next_record(last: list[float], told: bool) -> None:
+    run = Run(chain(4), [exploding_gradient])
+    for value in [1.0 + 0.05 * i for i in range(12)] + last:
+        run.record(20 * value, noise=0.0, loss=value)
+    assert run.rules() == (["exploding_gradient"] if told else [])
 
 
 @pytest.mark.parametrize(("part", "told"), [(1.01, True), (0.99, False)])

@@ -179,7 +179,8 @@ def test_ascent_is_told_before_it_is_far(values: list[float], guess: float, told
     [
         pytest.param([1e3 * 3.0**i for i in range(8)], True, id="rises each time, ten-thousandfold"),
         pytest.param([1.4**i for i in range(20)], True, id="tenfold"),
-        pytest.param([1.38**i for i in range(20)], False, id="not so far"),
+        pytest.param([400.0, 300.0, 200.0, 100.0, *(40 * 1.38**i for i in range(8))], False, id="not so far"),
+        pytest.param([400.0, 300.0, 200.0, 100.0, *(40 * 1.4**i for i in range(8))], True, id="just so far"),
         pytest.param([*(1e3 * 3.0**i for i in range(6)), 1e5, 1e7], True, id="one step back"),
         pytest.param([*(1e3 * 3.0**i for i in range(4)), 1e3, 1e4, 1e3, 1e7], False, id="two steps back"),
         pytest.param([0.1, 0.2, 0.3, 0.4, 0.5, 20.0, 30.0, 40.0], False, id="three that are far off"),
@@ -190,6 +191,29 @@ def test_a_runaway_needs_no_large_steps(values: list[float], told: bool) -> None
     run = Run(chain(3), [loss_diverging])
     losses(run, [1.0] * 10 + values)
     assert run.rules() == (["loss_diverging"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "guess", "told"),
+    [
+        pytest.param([1.1**i for i in range(1, 15)], 0.0, True, id="the same factor each time"),
+        pytest.param([1.085**i for i in range(4, 18)], 0.0, False, id="not three times in fourteen"),
+        pytest.param([1.1**i for i in range(14)], 0.0, True, id="to three times the start"),
+        pytest.param([0.9 * 1.1**i for i in range(14)], 0.0, False, id="not so far"),
+        pytest.param([1.1**i for i in range(1, 15)], 4.0, False, id="a guess costs more"),
+        pytest.param([1.1**i * (2.0 if i % 2 else 1.0) for i in range(1, 15)], 0.0, False, id="too noisy"),
+        pytest.param([(10.0 + i) ** 2 / 49 for i in range(14)], 0.0, False, id="a power of the number of updates"),
+        pytest.param([np.exp(0.1 * i + 0.01 * i * i) for i in range(14)], 0.0, True, id="faster and faster"),
+    ],
+)
+def test_slow_ascent_is_told_by_the_line_that_it_follows(values: list[float], guess: float, told: bool) -> None:
+    run = Run(classifier(guess, "mse_loss"), [loss_diverging])
+    losses(run, [1.0] * 3 + values)
+    assert run.rules() == (["loss_diverging"] if told else [])
+    if told:
+        alert = run.only("loss_diverging")
+        assert alert.evidence["loss"] == pytest.approx(values[-1])
+        assert 0 < alert.step < run.history.recorded
 
 
 def two_optimizers() -> Meta:

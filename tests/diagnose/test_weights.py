@@ -374,6 +374,10 @@ def test_how_large_and_for_how_long(ratios: list[float], told: bool) -> None:
         pytest.param([0.49] + [0.11] * 20, 3.01, 0.5, False, id="less than half"),
         pytest.param([0.6] + [0.09] * 20, 3.01, 0.5, False, id="less than a tenth"),
         pytest.param([0.6] + [0.11] * 20, np.nan, 0.0, False, id="the loss is not known"),
+        pytest.param([1.0] + [0.05] * 20, 0.91, 0.5, True, id="all of them, and hardly better"),
+        pytest.param([0.99] + [0.05] * 20, 0.91, 0.5, False, id="not all"),
+        pytest.param([1.0] + [0.05] * 20, 0.89, 0.5, False, id="all of them, and better"),
+        pytest.param([1.0] + [0.05] * 20, 0.91, 0.0, False, id="all of them, and a guess is not known"),
     ],
 )
 def test_smaller_steps_are_too_large_where_the_loss_got_worse(ratios: list[float], loss: float, guess: float, told: bool) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from tests.zoo.case import Case
 
-IN_TIME, LATER, NEVER_CALLED = 15, 10, 30
-"""Updates to a verdict that the design allows: a fault present from the start, one that starts later, a module that is never called."""
+IN_TIME, LATER, NEVER_CALLED, PLATEAU = 15, 10, 30, 100
+"""Updates to a verdict that the design allows: a fault present from the start, one that starts later, a module that is never called, a loss
+that does not move."""
 
 
 @dataclass(frozen=True)
@@ -131,4 +132,6 @@ def allowed(case: Case) -> int:
         return case.within + later
     if "never_called" in case.name:
         return NEVER_CALLED
+    if case.rules == ("loss_plateau",):
+        return PLATEAU + later
     return LATER + 1 if later else IN_TIME

@@ -123,12 +123,15 @@ def test_a_parent_is_in_the_region_if_all_below_it_is(layer: str, region: tuple[
         pytest.param(CASE, 15, id="present from the start"),
         pytest.param(replace(CASE, onset=20), 31, id="begins later"),
         pytest.param(replace(CASE, name="decoder_never_called"), 30, id="never called"),
+        pytest.param(replace(CASE, rules=("loss_plateau",)), 100, id="a plateau"),
+        pytest.param(replace(CASE, rules=("loss_plateau",), onset=20), 121, id="a plateau that begins later"),
+        pytest.param(replace(CASE, rules=("loss_plateau", "vanishing_gradient")), 15, id="not only a plateau"),
         pytest.param(replace(CASE, within=100), 100, id="the case says so"),
         pytest.param(replace(CASE, within=40, onset=20), 61, id="the case says so and it begins later"),
     ],
 )
 def test_a_late_alert_counts_as_not_in_time(case: Case, latest: int) -> None:
-    alarm = replace(ALARM, step=case.onset)
+    alarm = replace(ALARM, step=case.onset, rules=case.rules)
     assert outcome(replace(alarm, sent=latest), case=case).in_time
     late = outcome(replace(alarm, sent=latest + 1), case=case)
     assert (late.named, late.in_time) == (True, False)

@@ -52,10 +52,6 @@ STAIR = 0.4
 """Decades that the gradient grows at each of four modules in a row, from which it is no accident of single ones (tanh with a gain of
 3, which explodes: 0.13; healthy networks: less)."""
 
-LONG_STAIR, EVERY = 8, 0.25
-"""Or so many steps in a row that grow by `STAIR` in the mean, and each by `EVERY` of it: where a normalisation stands between two layers,
-one of the two steps is smaller."""
-
 AGAIN = 12.0
 """Nodes that a module is nearer to the loss than the one executed before it, from which it is passed many times: a layer with its
 activation and normalisation takes at most 6."""
@@ -98,7 +94,7 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
     or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
     `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
-    differ by `STAIR` each (or `LONG_STAIR` in the mean); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
+    differ by `STAIR` each (normalisations aside); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
     does not improve; in `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by
     `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where
     it is negative) both grow by
@@ -265,20 +261,15 @@ def _largest_behind(level: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64], grown: NDArray[np.float64]) -> NDArray[np.bool_]:
     """`[M]`: right behind the module the gradient is enlarged by something that is no weight: in one place, or at each of a few."""
-    count = len(level)
     steps = np.append(level[:-1] - level[1:], -np.inf)
     hit: NDArray[np.bool_] = m.jumpable & (steps >= JUMP) & (grown >= 1.0)
     for place in np.flatnonzero(hit):
         hit[place] = median(level[: place + 1]) - behind[place] >= 1.0
-    if count > 4:
-        stair = steps[:-1] >= STAIR
-        four = stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3]
-        hit[3:-1] |= four & (grown[3:-1] >= GROWTH_EXPLAINED)
-    rises = steps[:-1] >= EVERY * STAIR
-    if int(rises.sum()) >= LONG_STAIR:
-        long = np.convolve(rises, np.ones(LONG_STAIR, int), "valid") == LONG_STAIR
-        long &= level[:-LONG_STAIR] - level[LONG_STAIR:] >= LONG_STAIR * STAIR
-        hit[LONG_STAIR - 1 : -1] |= long & (grown[LONG_STAIR - 1 : -1] >= GROWTH_EXPLAINED)
+    layers = np.flatnonzero(~m.norm)
+    if len(layers) > 4:
+        stair = level[layers[:-1]] - level[layers[1:]] >= STAIR
+        top = layers[3:-1]
+        hit[top] |= stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3] & (grown[top] >= GROWTH_EXPLAINED)
     return hit
 
 

@@ -21,6 +21,9 @@ grows on its way to a bound does so more slowly (a WGAN's critic 1.2 decades in 
 ONE_STEP = 4.0
 """The same where the very next record overflows: a first step that multiplies both by so much is not one of a run that learns."""
 
+ALONE = 0.7
+"""Part of the growth that may be the work of the last update, where it can still be one batch that is unlike the others: the next tells."""
+
 BESIDE_WEIGHTS = 3.0
 """Times the norm of the weights, now or when they were first looked at, that the gradient's has to be, too: where rewards are rare, or an
 output begins saturated, it grows from nearly nothing to its usual size, in health by 8 decades (measured)."""
@@ -71,6 +74,8 @@ def grows_in_time(history: History) -> Finding | None:
         more = float(losses[-1]) - float(np.nanmedian(losses[:lowest]))
         if more < max(usual, at_once) or float(losses[-1]) < float(np.nanmax(losses)) - 0.5:
             return None
+    if not died and float(norms[-1] - norms[-2]) > ALONE * grown:
+        return None
     start = _bend(norms)
     return Finding(
         "exploding_gradient",

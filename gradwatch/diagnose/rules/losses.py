@@ -37,9 +37,15 @@ RISEN = 4
 """How many of the last have to be so large then: targets that are mostly zero put three far off in a row (measured)."""
 
 STEADY, EACH, FAR = 6, 1.2, 3.0
-"""Rises in a row, the least of each, and times the first losses (and a guess) the last has to be, from which a growth of `RUNAWAY` is ascent
+"""Rises in a row, the least of each, and times the first losses the last has to be (and a guess), from which a growth of `RUNAWAY` is ascent
 and needs no `RISEN`: a curriculum grows slower, noise does not rise six times, and Adam's first steps that are too large rise twice. No single
 rise may be half of it."""
+
+TREND, TOGETHER, TREBLES, BENDS = 14, 0.93, 3.0, 0.8
+"""So many losses, the correlation of their logarithms with the number of the update, the times that the straight line through them grows, and
+the part of its slope over their first half that it has over the second at least: an objective that is ascended, or a value that feeds
+itself, grows by a factor from update to update, slowly at first. In health no such line grows more than 2.1 times (a generator whose
+critic wins), and what grows like a power of the number of updates bends down: at 15 to 28 to 0.73 (computed)."""
 
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
@@ -106,7 +112,8 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
     `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and they
     grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
-    `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess.
+    `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess. Or the logarithms of the last `TREND` lie along a line
+    (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more than the loss of a guess.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -125,17 +132,17 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
     # Comparisons with what was not observed are False.
     above = recent > high
-    climbs = _climbs(recent, FAR * max(start, guess))
-    if not start > 0 or not (above[-1] or climbs) or not _is_comparable(history):
+    climbs, grows = _climbs(recent, FAR * max(start, guess)), _grows(b.losses[-TREND:], FAR * start, guess)
+    if not start > 0 or not (above[-1] or climbs or grows) or not _is_comparable(history):
         return
     # One batch of them may be an easy one.
     rises = int((recent[1:] > recent[:-1]).sum()) >= len(recent) - 2
     runs_away = rises and bool(above[-RISEN:].all()) and (classes or float(recent[-1]) > RUNAWAY * float(recent[0]))
-    if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not runs_away and not climbs:
+    if not (int(above.sum()) >= LASTING and (classes or _overshoots(history))) and not (runs_away or climbs or grows):
         return
-    now = float(recent[-1]) if climbs else float(np.nanmedian(recent))
-    if climbs:
-        high = min(high, FAR * max(start, guess))
+    now = float(recent[-1]) if climbs or grows else float(np.nanmedian(recent))
+    if climbs or grows:
+        high = min(high, FAR * (start if grows else max(start, guess)))
     yield Finding(
         "loss_diverging",
         Severity.ERROR,
@@ -268,6 +275,19 @@ def _climbs(recent: NDArray[np.float64], far: float) -> bool:
         return False
     steps = np.diff(np.log(last))
     return bool(steps.max() <= 0.5 * steps.sum())  # no single jump
+
+
+def _grows(last: NDArray[np.float64], far: float, guess: float) -> bool:
+    """The last losses grow by a factor from one to the next, the same one or a growing one."""
+    if len(last) < TREND or not median(last[-START:]) > max(far, guess) or not last.min() > 0 or not np.isfinite(last).all():
+        return False
+    logs, n = np.log(last), np.arange(TREND) - (TREND - 1) / 2
+    slope = float(logs @ n) / float(n @ n)
+    if not slope * (TREND - 1) >= np.log(TREBLES) or not float(np.corrcoef(logs, n)[0, 1]) >= TOGETHER:
+        return False
+    half = TREND // 2
+    first, second = float(logs[:half] @ (n[:half] - n[:half].mean())), float(logs[half:] @ (n[half:] - n[half:].mean()))
+    return second >= BENDS * first
 
 
 def _overshoots(history: History) -> bool:

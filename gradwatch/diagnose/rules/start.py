@@ -255,7 +255,8 @@ def _symmetric(history: History) -> Finding | None:
     nothing = ~((b.first > ZERO).any(axis=0) | (b.last > ZERO).any(axis=0))
     # What is added to a base that is frozen (LoRA) is told by what it gets: nothing.
     base = any(not fact.trainable and len(fact.shape) >= 2 and fact.init_rms > 0.0 for fact in meta.parameters)
-    sick &= ~nothing | (meta.blank & (not base and progress(history) is Progress.STUCK))
+    waited = history.ended or history.recorded >= PATIENCE
+    sick &= ~nothing | (meta.blank & (waited and not base and progress(history) is Progress.STUCK))
     columns = np.flatnonzero(sick)
     if not columns.size:
         return None

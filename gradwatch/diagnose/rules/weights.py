@@ -61,8 +61,10 @@ PATIENCE = 14
 """Updates before that is judged: Adam's first step on tiny weights replaces them, and the next ones learn."""
 
 WHOLE = 1.0
-"""Update ratio that no look may reach where the loss has come below what the run began with, to be left alone though it is not below that
-of a guess: weights that began tiny are replaced on their way (linear prediction under Adam at 0.01: 0.48; measured)."""
+"""Update ratio of one look with which the weights are replaced, where what a guess costs is known and the loss has not come below what the
+run began with: of such steps healthy probes and regressions come below half of it within 14 updates (measured). And that which no look may
+reach where the loss has come below what it began with, to be left alone though it is not below that of a guess: weights that began tiny are
+replaced on their way (linear prediction under Adam at 0.01: 0.48; measured)."""
 
 LARGE_ONCE, LARGE_ON = 0.5, 0.1
 """Update ratio of one look, and median one of the last `LOOKS`, from which steps are too large where the losses since lie `WORSE` times
@@ -157,6 +159,7 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
     With `r` the root mean square of the change over that of the weights before it, all matrices of an optimizer together, over the
     sample of their elements: `r >= AT_ONCE` in one look, or a median of `SUSTAINED` over the last `LOOKS` looks; and the last losses
     are not below what the run began with, or not below that of the best constant output, or are `HARM` times those before. Or
+    `r >= WHOLE` in one look, and the loss, of which it is known what a guess costs, has not come below what it began with. Or
     `r >= LARGE_ONCE` in one look and a median of `LARGE_ON`, and the last losses are `WORSE` times what the run began with. Or
     `r >= SUSTAINED` in one look, `JUMP` times the median of the `LOOKS` looks before it, and the first `AFTER` losses since, and most of
     the last, are `WORSE` than those before. Matrices that began at zero are left out.
@@ -189,6 +192,8 @@ def update_ratio_too_large(history: History) -> Iterator[Finding]:
             since = _since_large(ratios)
         elif at_once >= AT_ONCE:
             since = int(np.argmax(ratios >= AT_ONCE))
+        elif at_once >= WHOLE and guess_of(history) > 0 and not (learnt or _fell(history)):
+            since = int(np.argmax(ratios >= WHOLE))
         elif at_once >= LARGE_ONCE and usual >= LARGE_ON and _got_worse(history):
             since = int(ratios.argmax())
         else:
