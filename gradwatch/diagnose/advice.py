@@ -403,6 +403,12 @@ def _loss_stays(finding: Finding, history: History) -> tuple[str, str]:
             "The prediction and the target have different shapes and were broadcast: every output is compared with every target.",
             "Give both the same shape: pred.squeeze(-1), or target.unsqueeze(-1).",
         )
+    if "largest_lr" in finding.evidence:
+        return (
+            f"The schedule took the learning rate from {finding.evidence['largest_lr']:.2g} to {finding.evidence['lr']:.2g} while the loss "
+            "was still falling: one meant for epochs that is stepped with every batch does that.",
+            "Call scheduler.step() once an epoch, or count the schedule's milestones, steps and decay in batches.",
+        )
     return (
         "The outputs tell nothing of the targets: labels that do not belong to the inputs, a wrong learning rate, or information lost "
         "on the way.",

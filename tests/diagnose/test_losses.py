@@ -216,6 +216,57 @@ def test_slow_ascent_is_told_by_the_line_that_it_follows(values: list[float], gu
         assert 0 < alert.step < run.history.recorded
 
 
+def fades(
+    run: Run, flat: int = 30, peak: int = 15, rate: float = 9e-7, ratio: float = 1e-5, falls: bool = True, **columns: Any
+) -> None:
+    """A rate of 1e-3, with which the loss falls (or not), and then one of `rate`, with which it stands."""
+    noise = np.random.default_rng(0)
+    for i in range(peak):
+        run.record(
+            loss=3.0 - (1.4 * i / peak if falls else 0.0) + 0.02 * noise.standard_normal(), lr=1e-3, update_ratio=1e-2, **columns
+        )
+    for _ in range(flat):
+        run.record(loss=1.6 + 0.1 * noise.standard_normal(), lr=rate, update_ratio=ratio, **columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        pytest.param({}, True, id="a rate that went while the loss fell"),
+        pytest.param({"rate": 1.1e-6}, False, id="to more than a thousandth"),
+        pytest.param({"ratio": 1.1e-4}, False, id="there are steps still"),
+        pytest.param({"falls": False}, False, id="it stood before"),
+        pytest.param({"flat": 19, "peak": 30}, False, id="not for long"),
+        pytest.param({"flat": 30, "peak": 62}, False, id="not for a third of the run"),
+        pytest.param({"flat": 33, "peak": 62}, True, id="for a third"),
+    ],
+)
+def test_a_schedule_that_takes_the_rate_away_leaves_the_loss_where_it_is(changes: dict[str, Any], told: bool) -> None:
+    run = Run(chain(3), [loss_plateau])
+    fades(run, **changes)
+    assert run.rules() == (["loss_plateau"] if told else [])
+    if told:
+        alert = run.only("loss_plateau")
+        assert alert.step == changes.get("peak", 15)
+        assert alert.evidence["lr"] == pytest.approx(9e-7)
+        assert alert.evidence["largest_lr"] == pytest.approx(1e-3)
+        assert "scheduler.step() once an epoch" in alert.remedy
+
+
+def test_a_loss_that_falls_without_a_rate_does_not_stand() -> None:
+    run = Run(chain(3), [loss_plateau])
+    for i in range(60):
+        run.record(loss=3.0 - 0.03 * i, lr=1e-3 if i < 15 else 9e-7, update_ratio=1e-5)
+    assert run.alarms() == []
+
+
+def test_a_low_loss_needs_no_rate() -> None:
+    run = Run(chain(3), [loss_plateau])
+    for i in range(60):
+        run.record(loss=max(0.04, 3.0 - 0.3 * i) + 1e-3 * (i % 3), lr=1e-3 if i < 15 else 9e-7, update_ratio=1e-5)
+    assert run.alarms() == []
+
+
 def two_optimizers() -> Meta:
     return change(chain(3), lambda f: f.layer == "2", owner="Adam#1")
 

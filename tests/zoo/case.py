@@ -49,7 +49,8 @@ class Case:
         region: modules that are sick, by name; a module below one of them counts. () for a fault without a place.
         onset: the update at which the fault begins.
         also: rules that are true of it as well, and no false alarm beside one of `rules`.
-        within: updates from the onset to the verdict; None: those of the design, 15 for a fault present from the start, 10 for a later one, 100 for a plateau.
+        within: updates from the onset to the verdict; None: those of the design, 15 for a fault present from the start, 10 for a later one,
+            100 for a plateau.
         source: where such a run was reported, or the text that it follows: an address and a few words.
         proof: shows by plain torch that the fault is there; of a healthy run that it converges.
     """

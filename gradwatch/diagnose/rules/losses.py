@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import KEPT, WINDOW
 from gradwatch.diagnose.arrays import median
-from gradwatch.diagnose.rules.loss import guess_of
+from gradwatch.diagnose.rules.loss import Progress, guess_of, progress
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.facts import BINARY
 from gradwatch.history import History
@@ -102,6 +102,25 @@ SMOOTH = 5
 PROGRESS = 2.0
 """Standard errors of a median that two halves of the losses have to differ by, to be progress: chance does that once in forty looks at a
 flat loss, and the next look says otherwise."""
+
+
+FULL, GONE = 0.5, 1e-3
+"""Parts of the largest learning rate: above the first it still trains, below the second a schedule has taken it away."""
+
+FELL = -0.7
+"""Correlation of the last `WINDOW` losses at a `FULL` rate with the number of the update up to which they were falling: chance gives one in
+fifty such (of ten independent values), and a schedule that waits for a plateau, or for the end, lowers the rate where there is none."""
+
+GONE_FOR, AT_LEAST = 1 / 3, 20
+"""Part of all updates, and number of them, for which the rate has to be gone. What is meant for the whole run ends there: a cosine has its
+last 2 % below `GONE`, steps by a tenth at 30, 60 and 90 % none, an exponential decay to 1e-4 a quarter. What is meant for epochs and is
+stepped with every batch begins there."""
+
+STANDS = 0.97
+"""Times the loss of the first half of that time that of the second may be: less is no progress, significant or not."""
+
+STILL = 1e-4
+"""Update ratio of every matrix below which next to nothing changes; the customary one is 1e-3 (Karpathy, lecture notes of CS231n)."""
 
 
 @persistent(WINDOW)
@@ -204,12 +223,15 @@ def loss_spike(history: History) -> Iterator[Finding]:
 @patient
 @persistent(WINDOW)
 def loss_plateau(history: History) -> Iterator[Finding]:
-    """After many updates the loss is what a constant output would give.
+    """After many updates the loss is what a constant output would give; or it stands where the learning rate was taken away.
 
     The loss is known to be a mean cross-entropy over C classes: with `G = ln C`, what equal logits give (of a binary one what the shares
     of the classes give, if that is `BALANCED`), the medians of both halves of the last `FLAT_UPDATES` losses are not below `G` by their
     standard error, nor below `AS_A_GUESS * G`, and do not differ by `PROGRESS` standard errors. Or it is a squared or absolute error of N
     predictions that were broadcast to N x N, every one against every target, and the medians do not differ so.
+
+    Or the learning rate has been below `GONE` of its largest for `GONE_FOR` of the run and `AT_LEAST` updates, no matrix changes by
+    `STILL`, the loss has not fallen since, is not low, and was falling (`FELL`) where the rate left `FULL` of its largest.
 
     Ignored: losses of other kinds, for what is high is not known of them (of noisy targets the best model explains a few per cent, a
     policy's loss does not fall when all goes well, and a model that has converged stays where it is); runs whose losses cannot be
@@ -220,6 +242,10 @@ def loss_plateau(history: History) -> Iterator[Finding]:
         ...     for x, _ in loader:
         ...         step(F.cross_entropy(model(x), torch.randint(10, (64,))))
     """
+    without = _without_a_rate(history)
+    if without is not None:
+        yield without
+        return
     meta, b = history.meta, history.baselines
     classes = (meta.criterion == "cross_entropy" and meta.guess > 0) or (
         meta.criterion in BINARY and BALANCED <= meta.guess <= EVEN
@@ -283,11 +309,16 @@ def _grows(last: NDArray[np.float64], far: float, guess: float) -> bool:
         return False
     logs, n = np.log(last), np.arange(TREND) - (TREND - 1) / 2
     slope = float(logs @ n) / float(n @ n)
-    if not slope * (TREND - 1) >= np.log(TREBLES) or not float(np.corrcoef(logs, n)[0, 1]) >= TOGETHER:
+    if not slope * (TREND - 1) >= np.log(TREBLES) or not _correlation(logs) >= TOGETHER:
         return False
     half = TREND // 2
     first, second = float(logs[:half] @ (n[:half] - n[:half].mean())), float(logs[half:] @ (n[half:] - n[half:].mean()))
     return second >= BENDS * first
+
+
+def _correlation(values: NDArray[np.float64]) -> float:
+    """With their number; 0 of values that are all the same."""
+    return float(np.corrcoef(values, np.arange(len(values)))[0, 1]) if values.min() < values.max() else 0.0
 
 
 def _overshoots(history: History) -> bool:
@@ -340,6 +371,36 @@ def _falls(earlier: NDArray[np.float64], later: NDArray[np.float64]) -> bool:
     spread = 1.4826 * max(median(np.abs(earlier - median(earlier))), median(np.abs(later - median(later))))
     error = 1.25 * spread * (1 / len(earlier) + 1 / len(later)) ** 0.5
     return bool(median(earlier) - median(later) > PROGRESS * error)
+
+
+def _without_a_rate(history: History) -> Finding | None:
+    """The loss stands still since a schedule took the learning rate away, though it was still falling before."""
+    ratios = history.baselines.update_ratio[history.meta.ndim >= 2]
+    ratios = ratios[np.isfinite(ratios)]
+    if not ratios.size or not ratios.max() < STILL or history.recorded < 2 * AT_LEAST or progress(history) is Progress.LOW:
+        return None
+    rates = np.fmax.reduce(history.stat("lr").astype(float), axis=1, initial=np.nan)
+    known = np.isfinite(rates)
+    rates, losses, steps = rates[known], history.stat("loss").astype(float)[known], history.steps[known]
+    if not rates.size or not rates[-1] < GONE * rates.max():
+        return None
+    begin = int(np.flatnonzero(rates >= GONE * rates.max())[-1]) + 1
+    trained, since = losses[: int(np.flatnonzero(rates >= FULL * rates.max())[-1]) + 1], losses[begin:]
+    trained, since = trained[np.isfinite(trained)][-WINDOW:], since[np.isfinite(since)]
+    if len(since) < max(AT_LEAST, GONE_FOR * history.recorded) or len(trained) < WINDOW or not _is_comparable(history):
+        return None
+    earlier, later = since[: len(since) // 2], since[len(since) // 2 :]
+    if not _correlation(trained) <= FELL or (_falls(earlier, later) and median(later) < STANDS * median(earlier)):
+        return None
+    level = median(since)
+    return Finding(
+        "loss_plateau",
+        Severity.WARNING,
+        int(steps[begin]),
+        message=f"the loss has been {level:.3g} for {len(since)} updates, since the learning rate fell to {rates[-1] / rates.max():.1g} of "
+        "what it was",
+        evidence={"loss": level, "updates": len(since), "lr": float(rates[-1]), "largest_lr": float(rates.max())},
+    )
 
 
 def _warms_up(history: History) -> bool:
