@@ -143,6 +143,23 @@ def test_without_biases_the_weights_and_the_size_of_the_gradient_tell() -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        pytest.param([0.81, 0.81, 0.81, 0.0], True, id="three steep ones"),
+        pytest.param([0.81, 0.79, 0.81, 0.0], False, id="one is less"),
+        pytest.param([0.81, 0.81, 0.0, 0.81], False, id="not in a row"),
+        pytest.param([0.9, 0.9, 0.9, -1.3], False, id="the last one gets much, too"),
+    ],
+)
+def test_three_steps_of_a_stair_are_enough_if_they_are_steep(steps: list[float], told: bool) -> None:
+    level = np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+    meta = chain(len(level))
+    run = Run(meta, [exploding_gradient])
+    run.records(12, np.array([10.0 ** level[int(f.layer)] for f in meta.parameters]), noise=0.0, weight_norm=KEEPS)
+    assert run.rules() == (["exploding_gradient"] if told else [])
+
+
+@pytest.mark.parametrize(
     ("each", "norms", "told"),
     [
         pytest.param(0.5, True, True, id="four layers with a normalisation between each two"),

@@ -346,6 +346,26 @@ def test_a_parameter_whose_optimizer_steps_in_other_records_is_healthy() -> None
     assert run.alarms() == []
 
 
+@pytest.mark.parametrize(
+    ("reached", "told"),
+    [
+        pytest.param([i % 2 for i in range(14)], True, id="every other record"),
+        pytest.param([i % 2 for i in range(13)], False, id="not yet fourteen"),
+        pytest.param([0] * 7 + [1] * 7, False, id="thawed in the midst"),
+        pytest.param([1] * 9, False, id="all of them, and not yet ten"),
+        pytest.param([1] * 10, True, id="ten in a row"),
+        pytest.param([int(i % 5 in (0, 2)) for i in range(14)], False, id="six of fourteen"),
+    ],
+)
+def test_records_that_take_turns_need_not_be_ten(reached: list[int], told: bool) -> None:
+    meta = change(chain(3), lambda f: f.layer == "1", owner=None)
+    run = Run(meta, [not_in_optimizer])
+    others = np.array([f.layer != "1" for f in meta.parameters])
+    for each in reached:
+        run.record(grad_state=np.where(others, 9, each))
+    assert run.rules() == (["not_in_optimizer"] if told else [])
+
+
 def test_layers_in_a_plain_list_are_an_error_with_shapes_and_without_names() -> None:
     meta = replace(chain(3), outside=((32, 32), (32,)), outside_in_model=("hidden[0].weight", "hidden[0].bias"))
     run = Run(meta)

@@ -445,7 +445,9 @@ def test_how_large_inputs_have_to_be_and_to_arrive(mean: float, std: float, part
         pytest.param(0.89, 0.0, False, id="below what it began with"),
         pytest.param(0.91, 0.0, True, id="hardly below"),
         pytest.param(0.8, 0.5, True, id="below the start, not below a guess"),
-        pytest.param(0.4, 0.5, False, id="below both"),
+        pytest.param(0.31, 0.5, True, id="hardly below both, and began at twice a guess"),
+        pytest.param(0.29, 0.5, False, id="below both"),
+        pytest.param(0.59, 0.67, False, id="hardly below both, and began near a guess"),
         pytest.param(np.nan, 0.0, True, id="lost"),
     ],
 )
@@ -461,7 +463,8 @@ def test_a_run_that_learns_all_the_same_is_left_alone(loss: float, guess: float,
     [
         pytest.param(0.98, 1.0, False, id="falls, near a guess"),
         pytest.param(0.98, 0.22, True, id="falls, far above a guess"),
-        pytest.param(0.85, 0.22, False, id="falls, and will soon be below a guess"),
+        pytest.param(0.85, 0.22, True, id="falls, and will soon be below a guess"),
+        pytest.param(0.8, 0.22, False, id="has fallen well below a guess"),
         pytest.param(0.85, 0.001, True, id="falls fast, and will not"),
     ],
 )

@@ -48,9 +48,9 @@ initialisation have 1, PyTorch's default 0.58 (ReLU: 0.41)."""
 JUMP = 2.2
 """Decades of growth between two neighbours, with two modules or more on the loss's side, that only a custom backward makes."""
 
-STAIR = 0.4
-"""Decades that the gradient grows at each of four modules in a row, from which it is no accident of single ones (tanh with a gain of
-3, which explodes: 0.13; healthy networks: less)."""
+STAIR, STEEP, CLIMBED = 0.4, 0.8, 1.5
+"""Decades that the gradient grows at each of four modules in a row, or of three, to `CLIMBED` in all, from which it is no accident of single
+ones. Healthy networks of the zoo stay at 0.15 at each of three (tanh with a gain of 3, which explodes: 0.17)."""
 
 AGAIN = 12.0
 """Nodes that a module is nearer to the loss than the one executed before it, from which it is passed many times: a layer with its
@@ -94,7 +94,7 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
     or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
     `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
-    differ by `STAIR` each (normalisations aside); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
+    differ by `STAIR` each, or three by `STEEP` (normalisations aside); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
     does not improve; in `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by
     `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where
     it is negative) both grow by
@@ -266,10 +266,12 @@ def _abrupt(m: Modules, level: NDArray[np.float64], behind: NDArray[np.float64],
     for place in np.flatnonzero(hit):
         hit[place] = median(level[: place + 1]) - behind[place] >= 1.0
     layers = np.flatnonzero(~m.norm)
-    if len(layers) > 4:
-        stair = level[layers[:-1]] - level[layers[1:]] >= STAIR
-        top = layers[3:-1]
-        hit[top] |= stair[3:] & stair[2:-1] & stair[1:-2] & stair[:-3] & (grown[top] >= GROWTH_EXPLAINED)
+    up = level[layers[:-1]] - level[layers[1:]]
+    for count, least, whole in ((4, STAIR, GROWTH_EXPLAINED), (3, STEEP, CLIMBED)):
+        if len(up) >= count:
+            top = layers[count - 1 : -1]
+            row = np.convolve(up >= least, np.ones(count, int), "valid") == count
+            hit[top] |= row & (grown[top] >= whole)
     return hit
 
 

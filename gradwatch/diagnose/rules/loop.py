@@ -39,6 +39,10 @@ batch with probability 1/4 is idle for 30 updates once in 5,000 runs."""
 ORPHANED = 10
 """Records in a row in which others stepped but not this one's owner. It has none, but it may be about to get one."""
 
+IN_TURNS, BY = 7, 14
+"""So many of so many records are enough, where not all reached it: of two optimizers that take turns (and both own the same network) half
+of the records reach the other."""
+
 
 @persistent(STALE_STEPS)
 def gradients_not_zeroed(history: History) -> Iterator[Finding]:
@@ -165,7 +169,8 @@ def missing_gradient(history: History) -> Iterator[Finding]:
 def not_in_optimizer(history: History) -> Iterator[Finding]:
     """Receives gradients, but no optimizer that steps owns it.
 
-    A parameter is sick when `ORPHANED` records in a row reached it while an optimizer stepped, and no optimizer is known to own it; all
+    A parameter is sick when `ORPHANED` records in a row reached it while an optimizer stepped (or `IN_TURNS` of the last `BY`, where the
+    records take turns), and no optimizer is known to own it; all
     are when `ORPHANED` backward passes were dropped since the last record, for what steps owns none of them any more (other tensors
     took their places: `load_state_dict(assign=True)`).
     Trainable leaves of the graph that are no registered parameter are judged after as many records: those found in the attributes
@@ -173,7 +178,9 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
     has such leaves in health. Loops without any optimizer are ignored, and frozen parameters.
     """
     b, meta = history.baselines, history.meta
-    orphans = (b.orphan >= ORPHANED) & ~meta.owned & meta.trainable
+    orphans = (b.orphan >= IN_TURNS) & ~meta.owned & meta.trainable
+    if orphans.any():
+        orphans &= (b.orphan >= ORPHANED) | _by_turns(history)
     if orphans.any():
         since = (b.last_reached - b.orphan + 1)[orphans]
         since[since <= 1] = 0  # in the first record nobody may have been known to step yet
@@ -225,6 +232,14 @@ _ONES: NDArray[np.int64] = np.array([bin(i).count("1") for i in range(1024)])
 
 def _first_one(bits: int) -> int:
     return 10 - bits.bit_length()
+
+
+def _by_turns(history: History) -> NDArray[np.bool_]:
+    """`[P]`: reached by `IN_TURNS` of the last `BY` records, but not by all, and since the first two of them."""
+    reached = (history.recent("grad_state", BY) & np.uint8(GradState.REACHED)) != 0
+    times = reached.sum(axis=0)
+    turns: NDArray[np.bool_] = (len(reached) == BY) & (times >= IN_TURNS) & (times < BY) & reached[:2].any(axis=0)
+    return turns
 
 
 def _disowned(meta: Meta) -> NDArray[np.bool_]:

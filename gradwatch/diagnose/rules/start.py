@@ -47,6 +47,10 @@ LARGE = 20.0
 """Root mean square of the inputs from which they are not normalised: normalised data have 1, pictures in 0 to 1 have 0.6, pictures in 0
 to 255 have 100 to 150, and calendar years 2,000."""
 
+BEGAN_OFF, LEARNS = 1.5, 0.6
+"""Times the loss of the best constant output that the first loss is, and the last are, at update `PATIENCE`, from which inputs of such a size
+are told though the loss falls: outputs of raw pixels begin at 1.8 to 10 times that (measured), where a normalisation reads them at 1.0."""
+
 ARRIVES = 0.1
 """Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
 give 0.3 to 3 times that; divided by 255 they give 0.004."""
@@ -135,15 +139,16 @@ def poor_init(history: History) -> Iterator[Finding]:
 @patient
 @persistent(WINDOW)
 def unnormalized_input(history: History) -> Iterator[Finding]:
-    """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it does not learn.
+    """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it learns badly.
 
     With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
     output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
-    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or activations have been
-    saturated or dead since the first updates; or the inputs were a `LARGE`th of that before. Names the root.
+    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the first loss was
+    `BEGAN_OFF` times, and the last five are `LEARNS` times that of the best constant output; or activations have been saturated or dead
+    since the first updates; or the inputs were a `LARGE`th of that before. Names the root.
 
-    Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn all
-    the same.
+    Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn well
+    all the same.
 
     Example:
         >>> images = torch.randint(0, 256, (64, 784)).float()
@@ -163,7 +168,8 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     jumped = before > 0 and size >= LARGE * before
     early = history.recorded < PATIENCE and not history.ended
     far = _began_far(history) or (not early and not recovers_soon(history, SOON) and _stands(history))
-    if not jumped and not _blocks(history) and (has_learnt(history) or not far):
+    off = not early and _began(history, BEGAN_OFF, LEARNS, WINDOW // 2)
+    if not jumped and not _blocks(history) and not off and (has_learnt(history) or not far):
         return
     reader = _reader(history, size)
     if reader is None:
@@ -191,13 +197,18 @@ def _blocks(history: History) -> bool:
 
 def _began_far(history: History) -> bool:
     """The first loss was `FAR_FROM_A_GUESS` times that of a guess, and those since are `STILL_FAR` times it."""
-    losses, guess = history.baselines.losses[-WINDOW:], guess_of(history)
+    return _began(history, FAR_FROM_A_GUESS, STILL_FAR)
+
+
+def _began(history: History, far: float, still: float, last: int = WINDOW) -> bool:
+    """The first loss was so many times that of a guess, and the last ones are so many times it."""
+    losses, guess = history.baselines.losses[-last:], guess_of(history)
     losses = losses[np.isfinite(losses)]
     if not guess > 0 or not losses.size or not history.baselines.first_losses.size:
         return False
     rare = history.meta.criterion in BINARY and history.meta.guess < np.log(2.0)  # of rare classes a network begins with equal odds
-    first = FAR_FROM_A_GUESS * guess * (float(np.log(2.0)) / history.meta.guess if rare else 1.0)
-    return float(history.baselines.first_losses[0]) >= first and median(losses) >= STILL_FAR * guess
+    first = far * guess * (float(np.log(2.0)) / history.meta.guess if rare else 1.0)
+    return float(history.baselines.first_losses[0]) >= first and median(losses) >= still * guess
 
 
 def _stands(history: History) -> bool:
