@@ -91,17 +91,16 @@ The `count` of an incident is that of the looks, then."""
 def exploding_gradient(history: History) -> Iterator[Finding]:
     """The gradient grows from layer to layer on its way to the input, or from update to update without bound.
 
-    Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none
-    or where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have
-    `d_l - max(d_m, m > k) >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row
-    differ by `STAIR` each, or three by `STEEP` (normalisations aside); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss
-    does not improve; in `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by
-    `FORWARD` decades and whose gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where
-    it is negative) both grow by
-    `IN_TIME` decades over their first values, rising in nearly every one of the last nine records, or by `STEADY` in each of the last
-    `EACH`, to a norm of `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record after the first is the last
-    that is finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of optimizers that take turns
-    each has its own.
+    Across depth, with `d_l` the logarithm (base 10) of the norm of the gradient of a module's bias (of its weight where it has none or
+    where a normalisation cancels it), in the order of execution: for some `k` at least two modules `l <= k` have `d_l - max(d_m, m > k)
+    >= GROWTH`; or `GROWTH_EXPLAINED` if the weights' gains account for half of it or four modules in a row differ by `STAIR` each, or
+    three by `STEEP` (normalisations aside); or neighbours differ by `JUMP`; or all grow evenly (`EVEN`) while the loss does not
+    improve; in `LASTING` of the last 10 observations. A network without normalisation whose weights enlarge a signal by `FORWARD`
+    decades and whose gradients are `LARGE` beside its weights counts too. In time (`growing`): norm and loss (its size, where it is
+    negative) both grow by `IN_TIME` decades over their first values, rising in nearly every one of the last nine records, or by
+    `STEADY` in each of the last `EACH`, to a norm of `BESIDE_WEIGHTS` times that of the weights; by `ONE_STEP` decades where the record
+    after the first is the last that is finite; by `UNKNOWN_LOSS`, the norm alone, where the loss is not known or changes its sign. Of
+    optimizers that take turns each has its own.
 
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
     normalisation; parts with a head of their own; norms that grow while the loss does not; growth across
