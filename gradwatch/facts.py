@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,6 +58,12 @@ class ParameterFact:
     still_equal: bool = False
     clamped: bool = False
     connected: bool = False
+
+    @property
+    def init_gain(self) -> float:
+        """Factor by which a matrix changed the scale of independent inputs when the watch was attached: `init_rms` times the root of the
+        number of inputs of a unit. NaN for a vector."""
+        return self.init_rms * math.prod(self.shape[1:]) ** 0.5 if len(self.shape) >= 2 else math.nan
 
 
 @dataclass(frozen=True, slots=True)

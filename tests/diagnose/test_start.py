@@ -333,7 +333,7 @@ def test_the_largest_matrix_is_named_first() -> None:
     ("first", "gain", "told"),
     [
         pytest.param(2000.0, 4.0, True, id="most matrices"),
-        pytest.param(31.0, 4.0, False, id="not surely far"),
+        pytest.param(23.0, 4.0, False, id="not surely far"),
         pytest.param(2000.0, 1.4, False, id="of a usual size"),
     ],
 )
@@ -362,14 +362,14 @@ def test_several_losses_an_update_begin_as_many_times_as_high(terms: float, told
     assert run.rules() == (["poor_init"] if told else [])
 
 
-@pytest.mark.parametrize(("first", "at"), [pytest.param(32.1, 10, id="surely far"), pytest.param(31.9, 14, id="it may recover")])
+@pytest.mark.parametrize(("first", "at"), [pytest.param(24.1, 10, id="surely far"), pytest.param(23.9, 14, id="it may recover")])
 def test_what_is_not_surely_far_is_waited_for(first: float, at: int) -> None:
     run = Run(guessing(), [poor_init])
     run.records(20, loss=first)
     assert run.sent[0][0] == at
 
 
-@pytest.mark.parametrize(("first", "told"), [pytest.param(60.0, True, id="surely far"), pytest.param(30.0, False, id="not surely")])
+@pytest.mark.parametrize(("first", "told"), [pytest.param(60.0, True, id="surely far"), pytest.param(23.0, False, id="not surely")])
 def test_a_loss_that_will_soon_be_that_of_a_guess_recovers(first: float, told: bool) -> None:
     run = Run(guessing(), [poor_init])
     for i in range(20):
@@ -445,8 +445,8 @@ def test_how_large_inputs_have_to_be_and_to_arrive(mean: float, std: float, part
         pytest.param(0.89, 0.0, False, id="below what it began with"),
         pytest.param(0.91, 0.0, True, id="hardly below"),
         pytest.param(0.8, 0.5, True, id="below the start, not below a guess"),
-        pytest.param(0.31, 0.5, True, id="hardly below both, and began at twice a guess"),
-        pytest.param(0.29, 0.5, False, id="below both"),
+        pytest.param(0.38, 0.5, True, id="hardly below both, and began at twice a guess"),
+        pytest.param(0.37, 0.5, False, id="below both"),
         pytest.param(0.59, 0.67, False, id="hardly below both, and began near a guess"),
         pytest.param(np.nan, 0.0, True, id="lost"),
     ],
@@ -463,7 +463,7 @@ def test_a_run_that_learns_all_the_same_is_left_alone(loss: float, guess: float,
     [
         pytest.param(0.98, 1.0, False, id="falls, near a guess"),
         pytest.param(0.98, 0.22, True, id="falls, far above a guess"),
-        pytest.param(0.85, 0.22, True, id="falls, and will soon be below a guess"),
+        pytest.param(0.87, 0.22, True, id="falls, and will soon be below a guess"),
         pytest.param(0.8, 0.22, False, id="has fallen well below a guess"),
         pytest.param(0.85, 0.001, True, id="falls fast, and will not"),
     ],

@@ -129,10 +129,11 @@ def loss_diverging(history: History) -> Iterator[Finding]:
 
     With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
     `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
-    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and they
-    grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
+    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and
+    they grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
     `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess. Or the logarithms of the last `TREND` lie along a line
-    (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more than the loss of a guess.
+    (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more than the loss of a guess,
+    which has to be known.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -305,7 +306,13 @@ def _climbs(recent: NDArray[np.float64], far: float) -> bool:
 
 def _grows(last: NDArray[np.float64], far: float, guess: float) -> bool:
     """The last losses grow by a factor from one to the next, the same one or a growing one."""
-    if len(last) < TREND or not median(last[-START:]) > max(far, guess) or not last.min() > 0 or not np.isfinite(last).all():
+    if (
+        not guess > 0
+        or len(last) < TREND
+        or not median(last[-START:]) > max(far, guess)
+        or not last.min() > 0
+        or not np.isfinite(last).all()
+    ):
         return False
     logs, n = np.log(last), np.arange(TREND) - (TREND - 1) / 2
     slope = float(logs @ n) / float(n @ n)

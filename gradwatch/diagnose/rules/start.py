@@ -14,7 +14,7 @@ from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
 from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
-from gradwatch.facts import BINARY, ParameterFact
+from gradwatch.facts import BINARY
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -26,9 +26,9 @@ FAR_FROM_A_GUESS = 6.0
 initialisations begin at 1 to 1.5 (Karpathy, "A recipe for training neural networks": verify the loss at init), logits of a standard
 deviation of 5 over 10 classes at 3.5 (computed)."""
 
-SURELY_FAR = 16.0
-"""The same from which it needs no look at how the loss goes on: what is nearer often recovers within some tens of updates (an embedding of
-PyTorch's default size that is tied to the head: 14)."""
+SURELY_FAR = 12.0
+"""The same from which it needs no look at how the loss goes on: what is nearer often recovers within some tens of updates (thirty ReLU layers
+under Adam: 8). An embedding of PyTorch's default size, tied to a head of width d, begins near d: 14 times that over 64 classes."""
 
 STILL_FAR = 3.0
 """The same of the median of the last losses, at update 10: what training has put right by then is no fault any more."""
@@ -47,7 +47,7 @@ LARGE = 20.0
 """Root mean square of the inputs from which they are not normalised: normalised data have 1, pictures in 0 to 1 have 0.6, pictures in 0
 to 255 have 100 to 150, and calendar years 2,000."""
 
-BEGAN_OFF, LEARNS = 1.5, 0.6
+BEGAN_OFF, LEARNS = 1.5, 0.75
 """Times the loss of the best constant output that the first loss is, and the last are, at update `PATIENCE`, from which inputs of such a size
 are told though the loss falls: outputs of raw pixels begin at 1.8 to 10 times that (measured), where a normalisation reads them at 1.0."""
 
@@ -324,7 +324,7 @@ def _far_from_a_guess(history: History) -> Finding | None:
 def _large(history: History, times: float) -> NDArray[np.int64]:
     """The few matrices that began so large that they explain outputs `times` as large as sensible ones, the largest first; else none."""
     meta = history.meta
-    gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
+    gains = np.array([fact.init_gain if fact.trainable else np.nan for fact in meta.parameters], float)
     large = np.flatnonzero(gains >= LARGE_GAIN)
     # Many that multiply, or one that is passed many times, make gradients explode, and that is told by its name.
     if not 0 < large.size <= FEW or times > EXPLAINED * float(np.prod(gains[large])):
@@ -335,16 +335,11 @@ def _large(history: History, times: float) -> NDArray[np.int64]:
 def _most(history: History) -> NDArray[np.int64]:
     """The trainable matrices that began too large, the largest first, where most did; else none."""
     meta = history.meta
-    gains = np.array([_gain(fact) if fact.trainable else np.nan for fact in meta.parameters], float)
+    gains = np.array([fact.init_gain if fact.trainable else np.nan for fact in meta.parameters], float)
     known, large = np.isfinite(gains), np.flatnonzero(gains >= LARGE_GAIN)
     if 2 * large.size <= int(known.sum()):
         return large[:0]
     return large[np.argsort(-gains[large], kind="stable")]
-
-
-def _gain(fact: ParameterFact) -> float:
-    """What a matrix did to the scale of independent inputs when the watch began."""
-    return fact.init_rms * float(np.sqrt(np.prod(fact.shape[1:]))) if len(fact.shape) >= 2 else float("nan")
 
 
 def _reader(history: History, size: float) -> int | None:
