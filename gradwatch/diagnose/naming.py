@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -49,18 +48,6 @@ def merged(meta: Meta, one: tuple[str, ...], other: tuple[str, ...]) -> tuple[st
     if min(first.min(initial=0), then.min(initial=0)) < 0:
         return tuple(dict.fromkeys(one + other))
     return named(meta, distinct(np.concatenate((first, then)), len(meta.parameters)))
-
-
-def holders(meta: Meta, paths: Iterable[str]) -> tuple[str, ...]:
-    """The modules in whose attributes something lives that is not registered, each once; not the root, which says nothing.
-
-    Args:
-        meta: static facts of the run; only modules that it lists are named.
-        paths: where it lives, as `Meta.outside_in_model` says: "blocks.layers[0].weight" lives in "blocks".
-    """
-    listed = {fact.name for fact in meta.layers}
-    inner = (next((each for each in ancestors(re.split(r"[\[(]", path)[0]) if each in listed), "") for path in paths)
-    return tuple(dict.fromkeys(each for each in inner if each))
 
 
 def overlap(one: Collection[str], other: Collection[str]) -> bool:

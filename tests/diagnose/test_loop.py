@@ -376,20 +376,6 @@ def test_layers_in_a_plain_list_are_an_error_with_shapes_and_without_names() -> 
     assert "ModuleList" in alert.remedy
 
 
-@pytest.mark.parametrize(
-    ("paths", "layers"),
-    [
-        pytest.param(["1.hidden[0].weight", "1.hidden[0].bias", "2.extra.0.weight"], ("1", "2"), id="each once"),
-        pytest.param(["1.forward(net).weight", "1.table['a.b']"], ("1",), id="a closure and a dict"),
-        pytest.param(["3.hidden[0].weight", "hidden[0].weight"], (), id="only the root"),
-    ],
-)
-def test_what_is_not_registered_is_told_where_it_is_held(paths: list[str], layers: tuple[str, ...]) -> None:
-    run = Run(replace(chain(3), outside=((32, 32),), outside_in_model=tuple(paths)))
-    run.records(15)
-    assert run.only("not_in_optimizer").layers == layers
-
-
 def test_leaves_outside_of_everything_are_an_information() -> None:
     run = Run(replace(chain(3), outside=((64, 3, 3, 3),)))
     run.records(15)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.lists import Lists, lists_of
-from gradwatch.diagnose.naming import holders, layers_of, named, overlap
+from gradwatch.diagnose.naming import layers_of, named, overlap
 from gradwatch.diagnose.rules.rule import patient, persistent
 from gradwatch.diagnose.tree import tree_of
 from gradwatch.history import History, Meta
@@ -213,7 +213,6 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
                 "not_in_optimizer",
                 Severity.ERROR,
                 0,
-                layers=holders(meta, meta.outside_in_model),
                 message=f"{_count(inside, 'trained tensor')} {shapes} not registered in the model ({paths})",
                 evidence={"leaves": inside},
             )
