@@ -506,6 +506,26 @@ def test_a_loss_that_has_been_lost_is_told_as_that() -> None:
     assert run.only("unnormalized_input").message.endswith(", and the loss is lost")
 
 
+@pytest.mark.parametrize(
+    ("shut", "std", "told"),
+    [
+        pytest.param([9e-6] * 10, 120.0, True, id="next to nothing"),
+        pytest.param([1.1e-5] * 10, 120.0, False, id="more than that"),
+        pytest.param([9e-6] * 9 + [1.0], 120.0, False, id="not in all updates"),
+        pytest.param([9e-6] * 10, 1.0, False, id="of usual inputs"),
+        pytest.param([0.0] * 10, 120.0, True, id="nothing"),
+    ],
+)
+def test_inputs_that_shut_the_layer_that_reads_them_are_told_though_the_loss_falls(
+    shut: list[float], std: float, told: bool
+) -> None:
+    run = Run(meta := chain(4), [unnormalized_input])
+    first = np.array([f.layer == "0" for f in meta.parameters])
+    for i, each in enumerate(shut):
+        run.record(np.where(first, each, 1.0), noise=0.0, loss=1.0 - 0.08 * i, **inputs(meta, 0.0, std))
+    assert run.rules() == (["unnormalized_input"] if told else [])
+
+
 def test_a_recurrent_layer_bounds_what_it_puts_out_whatever_it_is_given() -> None:
     meta = chain(4)
     meta = replace(meta, layers=tuple(replace(f, kind="recurrent") if f.name == "0" else f for f in meta.layers))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW, ZERO
-from gradwatch.diagnose.arrays import median
+from gradwatch.diagnose.arrays import DECADE, median
 from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
@@ -64,6 +64,9 @@ SOON = 20
 
 PATIENCE = 14
 """Updates before that is judged: a network that copes with such inputs may need a few."""
+
+STARVED = 5.0
+"""Decades that the gradient of the layer that reads such inputs lies below the largest, from which it has been shut by them."""
 
 LAST = 3
 """Looks, the last ones, whose median counts."""
@@ -145,7 +148,7 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
     best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the first loss was
     `BEGAN_OFF` times, and the last five are `LEARNS` times that of the best constant output; or activations have been saturated or dead
-    since the first updates; or the inputs were a `LARGE`th of that before. Names the root.
+    since the first updates; or the layer that reads them gets a gradient `STARVED` decades below the largest; or the inputs were a `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn well
     all the same.
@@ -169,10 +172,11 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
     early = history.recorded < PATIENCE and not history.ended
     far = _began_far(history) or (not early and not recovers_soon(history, SOON) and _stands(history))
     off = not early and _began(history, BEGAN_OFF, LEARNS, WINDOW // 2)
-    if not jumped and not _blocks(history) and not off and (has_learnt(history) or not far):
-        return
     reader = _reader(history, size)
     if reader is None:
+        return
+    harmed = jumped or off or (far and not has_learnt(history)) or _is_starved(history, reader) or _blocks(history)
+    if not harmed:
         return
     m, s = float(np.median(mean[looked][-LAST:])), float(np.median(std[looked][-LAST:]))
     then = f", {size / before:.2g} times the size they had before" if since and before > 0 else _and_the_loss(history)
@@ -184,6 +188,15 @@ def unnormalized_input(history: History) -> Iterator[Finding]:
         message=f"the inputs have a mean of {m:.3g} and a standard deviation of {s:.3g}{then}",
         evidence={"input_mean": m, "input_std": s, "input_rms": size, "input_rms_before": before},
     )
+
+
+def _is_starved(history: History, reader: int) -> bool:
+    """The layer that reads them has got next to nothing in all of the last updates, beside what others get: gates that they have shut."""
+    columns = np.flatnonzero(history.meta.layer_index == reader)
+    last = history.baselines.last
+    if not columns.size or not np.isfinite(last[:, columns]).all():
+        return False
+    return bool((last[:, columns].max(axis=1) < np.nanmax(last, axis=1) - STARVED * DECADE).all())
 
 
 def _blocks(history: History) -> bool:
