@@ -144,11 +144,12 @@ def poor_init(history: History) -> Iterator[Finding]:
 def unnormalized_input(history: History) -> Iterator[Finding]:
     """The inputs are far from mean 0 and standard deviation 1, nothing in the model normalises them, and it learns badly.
 
-    With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`; the
-    output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of the
-    best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the first loss was
-    `BEGAN_OFF` times, and the last five are `LEARNS` times that of the best constant output; or activations have been saturated or dead
-    since the first updates; or the layer that reads them gets a gradient `STARVED` decades below the largest; or the inputs were a `LARGE`th of that before. Names the root.
+    With `m` and `s` the `input_mean` and `input_std` of the updates that were looked at: the median of `sqrt(m^2 + s^2)` is `LARGE`;
+    the output of a layer is as large for its weights; and the last losses are not below what the run began with, or not below that of
+    the best constant output, do not fall to that within `SOON` updates, and stand still or are `WORSE` times that; or the first loss
+    was `BEGAN_OFF` times, and the last five are `LEARNS` times that of the best constant output; or activations have been saturated or
+    dead since the first updates; or the layer that reads them gets a gradient `STARVED` decades below the largest; or the inputs were a
+    `LARGE`th of that before. Names the root.
 
     Ignored: integers (tokens, indices); inputs that a normalisation takes, or that the model divides by their scale; runs that learn well
     all the same.
