@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradwatch.diagnose.rules import gradients_not_zeroed, never_stepped, not_in_optimizer
+from gradwatch.diagnose.rules import gradients_not_zeroed, missing_gradient, never_stepped, not_in_optimizer
 from gradwatch.history import LayerFact, Meta, ParameterFact, Pending
 from gradwatch.records import GradState, Severity, SkipReason
 from tests.diagnose.runs import STEPPED, Run, chain, change, skipped
@@ -192,6 +192,16 @@ def test_an_idle_one_of_equals(meta: Meta, alarm: bool) -> None:
     assert bool(run.alarms()) is alarm
 
 
+@pytest.mark.parametrize(("called", "at"), [(2.0, 12), (0.0, 30), (np.nan, 30)])
+def test_one_of_equals_that_is_called_and_cut_off_needs_no_longer_than_others(called: float, at: int) -> None:
+    run = Run(experts("towers"), [missing_gradient])
+    norms, state = np.array([np.nan, 1.0, 1.0, 1.0]), np.array([8, 9, 9, 9], np.uint8)
+    calls = np.array([1.0, np.nan, called, 1.0, 1.0, 1.0])
+    run.records(31, norms, grad_state=state, calls=calls)
+    assert run.only("missing_gradient").layers == ("towers.0",)
+    assert run.sent[0][0] == at
+
+
 def test_an_idle_expert_among_others_that_miss_steps_is_healthy() -> None:
     run = Run(experts("branches"))
     for i in range(50):
@@ -349,12 +359,13 @@ def test_a_parameter_whose_optimizer_steps_in_other_records_is_healthy() -> None
 @pytest.mark.parametrize(
     ("reached", "told"),
     [
-        pytest.param([i % 2 for i in range(14)], True, id="every other record"),
-        pytest.param([i % 2 for i in range(13)], False, id="not yet fourteen"),
-        pytest.param([0] * 7 + [1] * 7, False, id="thawed in the midst"),
+        pytest.param([i % 2 for i in range(10)], True, id="every other record"),
+        pytest.param([1 - i % 2 for i in range(9)], False, id="not yet ten"),
+        pytest.param([0] * 5 + [1] * 5, False, id="thawed in the midst"),
+        pytest.param([0] * 10 + [i % 2 for i in range(10)], True, id="every other one, later"),
         pytest.param([1] * 9, False, id="all of them, and not yet ten"),
         pytest.param([1] * 10, True, id="ten in a row"),
-        pytest.param([int(i % 5 in (0, 2)) for i in range(14)], False, id="six of fourteen"),
+        pytest.param([int(i % 5 in (0, 2)) for i in range(14)], False, id="four of ten"),
     ],
 )
 def test_records_that_take_turns_need_not_be_ten(reached: list[int], told: bool) -> None:

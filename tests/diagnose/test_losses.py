@@ -196,15 +196,15 @@ def test_a_runaway_needs_no_large_steps(values: list[float], told: bool) -> None
 @pytest.mark.parametrize(
     ("values", "guess", "told"),
     [
-        pytest.param([1.1**i for i in range(1, 15)], 1.0, True, id="the same factor each time"),
-        pytest.param([1.085**i for i in range(4, 18)], 1.0, False, id="not three times in fourteen"),
-        pytest.param([1.1**i for i in range(14)], 1.0, True, id="to three times the start"),
-        pytest.param([0.9 * 1.1**i for i in range(14)], 1.0, False, id="not so far"),
-        pytest.param([1.1**i for i in range(1, 15)], 4.0, False, id="a guess costs more"),
-        pytest.param([1.1**i * (2.0 if i % 2 else 1.0) for i in range(1, 15)], 1.0, False, id="too noisy"),
-        pytest.param([(10.0 + i) ** 2 / 49 for i in range(14)], 1.0, False, id="a power of the number of updates"),
-        pytest.param([np.exp(0.1 * i + 0.01 * i * i) for i in range(14)], 1.0, True, id="faster and faster"),
-        pytest.param([1.1**i for i in range(1, 15)], 0.0, False, id="nobody knows where such a loss begins"),
+        pytest.param([1.12**i for i in range(1, 13)], 1.0, True, id="the same factor each time"),
+        pytest.param([2.0 * 1.1**i for i in range(12)], 1.0, False, id="not three times in twelve"),
+        pytest.param([1.02 * 1.12**i for i in range(12)], 1.0, True, id="to three times the start"),
+        pytest.param([0.9 * 1.12**i for i in range(12)], 1.0, False, id="not so far"),
+        pytest.param([1.12**i for i in range(1, 13)], 4.0, False, id="a guess costs more"),
+        pytest.param([1.12**i * (2.0 if i % 2 else 1.0) for i in range(1, 13)], 1.0, False, id="too noisy"),
+        pytest.param([(10.0 + i) ** 2 / 40 for i in range(12)], 1.0, False, id="a power of the number of updates"),
+        pytest.param([np.exp(0.1 * i + 0.01 * i * i) for i in range(12)], 1.0, True, id="faster and faster"),
+        pytest.param([1.12**i for i in range(1, 13)], 0.0, False, id="nobody knows where such a loss begins"),
     ],
 )
 def test_slow_ascent_is_told_by_the_line_that_it_follows(values: list[float], guess: float, told: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradwatch.diagnose.rules import non_finite_weight
 from gradwatch.records import GradState, Severity, SkipReason
 from tests.diagnose.runs import Run, chain, skipped
 
@@ -88,6 +89,26 @@ def test_a_bad_weight_is_the_cause_of_everything_it_spoils(value: float) -> None
     run.record(**(bad(slice(None)) | {"weight_norm": weights}), loss=np.nan)
     alert = run.only("non_finite_weight")
     assert (alert.step, alert.parameters) == (5, ("2.weight",))
+
+
+@pytest.mark.parametrize(
+    ("before", "gradient", "forward", "told"),
+    [
+        pytest.param(5.0, 0.0, 3.0, True, id="put in after the step"),
+        pytest.param(np.nan, 0.0, 3.0, False, id="not looked at before"),
+        pytest.param(5.0, 2.0, 3.0, False, id="the step before spoilt them"),
+        pytest.param(5.0, 0.0, 0.0, False, id="not looked at now: what they give is fine"),
+    ],
+)
+def test_weights_that_go_bad_all_at_once_between_two_records(before: float, gradient: float, forward: float, told: bool) -> None:
+    run = Run(meta := chain(4), [non_finite_weight])
+    run.records(5)
+    run.record(weight_norm=before, grad_nonfinite=gradient)
+    run.record(**(bad(slice(None)) | {"weight_norm": np.nan}), activation_nonfinite=np.full(len(meta.layers), forward))
+    assert run.rules() == (["non_finite_weight"] if told else [])
+    if told:
+        alert = run.only("non_finite_weight")
+        assert (alert.step, alert.layers) == (6, ("",))
 
 
 def test_weights_that_were_not_looked_at_are_none() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradwatch.diagnose.rules import vanishing_gradient
 from gradwatch.history import LayerFact, Meta, ParameterFact
 from gradwatch.records import Severity, SkipReason
 from tests.diagnose.runs import Run, chain, change, skipped
@@ -288,6 +289,41 @@ def test_the_cause_is_the_activation_or_the_weights(activation: str, weight: flo
     run = Run(chain(10, activation=activation))
     run.records(10, fall(10, 8.0), weight_norm=weight)
     assert word in run.only("vanishing_gradient").cause
+
+
+@pytest.mark.parametrize(
+    ("below", "behind", "loss", "told"),
+    [
+        pytest.param(0.1, 0.1, 1.0, True, id="all are tiny"),
+        pytest.param(0.1, 5.0, 1.0, False, id="only its own weights are"),
+        pytest.param(5.0, 0.1, 1.0, False, id="only those behind it are"),
+        pytest.param(0.1, 0.1, 0.5, False, id="the loss improves"),
+    ],
+)
+def test_a_single_layer_at_the_input_is_told_where_tiny_weights_explain_it(
+    below: float, behind: float, loss: float, told: bool
+) -> None:
+    run = Run(chain(4), [vanishing_gradient])
+    weights = np.repeat([below, behind, behind, behind], 2)
+    for i in range(16):
+        run.record(cut(4, 1, 1e-4), loss=1.0 if i < 5 else loss, weight_norm=weights)
+    assert run.rules() == (["vanishing_gradient"] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("guess", "loss", "weight", "told"),
+    [
+        pytest.param(0.7, 0.75, 0.1, True, id="it came down to that of a guess"),
+        pytest.param(0.7, 0.6, 0.1, False, id="it came below"),
+        pytest.param(0.0, 0.75, 0.1, False, id="nobody knows what a guess costs"),
+        pytest.param(0.7, 0.75, 5.0, False, id="nothing explains the fall"),
+    ],
+)
+def test_a_loss_that_only_comes_down_to_a_guess_does_not_improve(guess: float, loss: float, weight: float, told: bool) -> None:
+    run = Run(replace(chain(10), criterion="mse_loss", guess=guess), [vanishing_gradient])
+    for i in range(16):
+        run.record(fall(10, 4.4), noise=0.0, loss=1.0 if i < 5 else loss, weight_norm=weight)
+    assert run.rules() == (["vanishing_gradient"] if told else [])
 
 
 def test_a_large_network_is_told_at_update_10_and_each_record_with_evidence_counts() -> None:

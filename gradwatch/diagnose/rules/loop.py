@@ -39,7 +39,7 @@ batch with probability 1/4 is idle for 30 updates once in 5,000 runs."""
 ORPHANED = 10
 """Records in a row in which others stepped but not this one's owner. It has none, but it may be about to get one."""
 
-IN_TURNS, BY = 7, 14
+IN_TURNS, BY = 5, 10
 """So many of so many records are enough, where not all reached it: of two optimizers that take turns (and both own the same network) half
 of the records reach the other."""
 
@@ -121,7 +121,7 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
 
     The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
-    a list of equals; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or where it was frozen before.
+    a list of equals that is not known to have been; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or where it was frozen before.
     Whether the modules were called in the window, if that was looked at, is told: it separates what forgets them from what detaches
     their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose module (or the modules
     below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are ignored (a
@@ -139,7 +139,7 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     expert = whole & _experts(history, lists)
     due = (b.missed >= MISSED_UNCALLED) | (never & history.ended)
     calls = _calls(history, idle, window)
-    open_ = whole & ~expert & ~due & ~waits
+    open_ = whole & ~expert & ~due & ~(waits & ~(calls > 0.0))
     alarms = (whole & ~expert & due) | (open_ & ~(never & (calls == 0.0)))
     notes = (idle & ~whole) | expert
     for masks, severity in ((alarms, Severity.WARNING), (notes, Severity.INFO)):

@@ -41,11 +41,11 @@ STEADY, EACH, FAR = 6, 1.2, 3.0
 and needs no `RISEN`: a curriculum grows slower, noise does not rise six times, and Adam's first steps that are too large rise twice. No single
 rise may be half of it."""
 
-TREND, TOGETHER, TREBLES, BENDS = 14, 0.93, 3.0, 0.8
+TREND, TOGETHER, TREBLES, BENDS = 12, 0.93, 3.0, 0.8
 """So many losses, the correlation of their logarithms with the number of the update, the times that the straight line through them grows, and
 the part of its slope over their first half that it has over the second at least: an objective that is ascended, or a value that feeds
 itself, grows by a factor from update to update, slowly at first. In health no such line grows more than 2.1 times (a generator whose
-critic wins), and what grows like a power of the number of updates bends down: at 15 to 28 to 0.73 (computed)."""
+critic wins), and what grows like a power of the number of updates bends down: at 13 to 24 to 0.72 (computed)."""
 
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""

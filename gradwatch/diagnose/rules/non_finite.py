@@ -20,13 +20,14 @@ def non_finite_weight(history: History) -> Iterator[Finding]:
     """A weight holds a NaN or an Inf before the step.
 
     `weight_norm` is Inf, or it is NaN for a parameter that the record reached while it is a number for another one: NaN alone says
-    that nothing was observed. Judged on full-statistics updates, and where all weights go bad at once the gradient says so.
+    that nothing was observed. All of them at once: where the record before had a number for each of those, and no gradient that was
+    not finite, and this one has an activation that is not. Judged on full-statistics updates.
     """
     weights = _last(history, "weight_norm")
     if weights is None:
         return
     fine = np.isfinite(weights)
-    if fine.all() or not (fine.any() or np.isinf(weights).any()):
+    if fine.all() or not (fine.any() or np.isinf(weights).any() or _were_replaced(history)):
         return
     reached = (history.recent("grad_state", 1)[0] & np.uint8(GradState.REACHED)) != 0
     bad = np.isinf(weights) | (np.isnan(weights) & reached)
@@ -41,6 +42,18 @@ def non_finite_weight(history: History) -> Iterator[Finding]:
         message=f"{count} of {int(reached.sum())} weights hold NaN or Inf before the step",
         evidence={"parameters": count, "reached": int(reached.sum())},
     )
+
+
+def _were_replaced(history: History) -> bool:
+    """All weights have gone bad since the last record, and not by its step: its gradients were finite."""
+    if history.recorded < 2 or not history.full:
+        return False
+    before = history.recent("weight_norm", 2)[0]
+    state = history.recent("grad_state", 2)
+    reached = ((state[0] & state[1]) & np.uint8(GradState.REACHED)) != 0
+    last_bad = history.recent("grad_nonfinite", 2)[0][reached]
+    forward = history.recent("activation_nonfinite", 1)[0]
+    return bool(reached.any() and np.isfinite(before[reached]).all() and not (last_bad > 0).any() and (forward > 0).any())
 
 
 @persistent(5)

@@ -14,7 +14,7 @@ from gradwatch.diagnose.execution import execution_of
 from gradwatch.diagnose.gains import gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
-from gradwatch.diagnose.rules.loss import Progress, progress
+from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress
 from gradwatch.diagnose.rules.rule import looked_back, patient, persistent
 from gradwatch.diagnose.rules.window import Window, window_of
 from gradwatch.diagnose.rules.zero import UNDERFLOW
@@ -31,7 +31,8 @@ FALL_IMPROVING = 4.6
 
 TINY = 0.2
 """Factor that the sick weights typically leave of a signal's scale, below which they explain a fall, and `SICK` decades suffice while
-the loss does not improve. PyTorch's default leaves 0.58, weights of a hundredth in a layer of 64 leave 0.08."""
+the loss does not improve, or is not below that of a guess. PyTorch's default leaves 0.58, weights of a hundredth in a layer of 64 leave
+0.08."""
 
 FLAT_GAIN = 0.3
 """What a hidden activation passes on, in the median over those before a cut, from which it is the activations that lose the gradient, and
@@ -55,7 +56,8 @@ RECOVERY, RECOVERY_UNCLEAR = 15, 25
 themselves do so at 0.1 to 0.4 decades an update (measured)."""
 
 LONE = 5.0
-"""Decades for a single layer at the input: an embedding that hardly matters is healthy."""
+"""Decades for a single layer at the input: an embedding that hardly matters is healthy. Not where its weights and those behind it are
+`TINY`."""
 
 LAYERS_IN_BRANCH = 4
 """Layers of a branch other than the first from which it counts at all: side inputs that hardly matter are healthy, and DeBERTa's relative
@@ -216,9 +218,15 @@ def _fall_in(history: History, window: Window, fall: NDArray[np.float64], start:
     layers = int(members(layout.layer[matrices], layout.layers).sum())
     if start > 0 and layers < LAYERS_IN_BRANCH:
         return None
-    tiny = median(window.weights[matrices] * layout.gain[matrices]) < TINY
-    need = (SICK if tiny or _flat(history, window, start, cut) else FALL) if stuck else FALL_IMPROVING
-    if layers == 1:
+    behind = np.flatnonzero(layout.matrix[cut:]) + cut
+    tiny, all_tiny = (
+        bool(places.size and median(window.weights[places] * layout.gain[places]) < TINY) for places in (matrices, behind)
+    )
+    untrained = stuck or (guess_of(history) > 0 and not has_learnt(history))
+    need = FALL if stuck else FALL_IMPROVING
+    if untrained and (tiny or _flat(history, window, start, cut)):
+        need = SICK
+    if layers == 1 and not (untrained and tiny and all_tiny):
         need = max(need, LONE)
     excused = _unfinished(window, deepest)
     # Record by record: the whole fall, from the best reference of that record to the best of the deepest sick part.
