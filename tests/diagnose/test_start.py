@@ -190,6 +190,12 @@ def test_zeros_that_get_no_gradient_at_all_are_a_fault_while_the_loss_does_not_i
     assert run.rules() == (["poor_init"] if told else [])
 
 
+def test_zeros_that_get_no_gradient_wait_for_what_the_loss_does() -> None:
+    run = Run(meta := equal("1.weight", zero=True), [poor_init])
+    run.records(20, column(meta, "1.weight", 0.0))
+    assert run.sent[0][0] == 14
+
+
 def test_zeros_that_get_no_gradient_are_one_incident_that_ends_when_the_loss_improves() -> None:
     run = Run(meta := equal("1.weight", zero=True), [poor_init])
     run.records(20, column(meta, "1.weight", 0.0))

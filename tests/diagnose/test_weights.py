@@ -389,6 +389,14 @@ def test_smaller_steps_are_too_large_where_the_loss_got_worse(ratios: list[float
         assert run.only("update_ratio_too_large").step == 0
 
 
+@pytest.mark.parametrize(("size", "told"), [(0.3 / 8, True), (0.29 / 8, False)])
+def test_weights_that_began_tiny_are_no_weights_that_a_step_replaced(size: float, told: bool) -> None:
+    run = Run(replace(change(chain(4), lambda f: True, init_rms=size), guess=0.5), [update_ratio_too_large])
+    run.record(update_ratio=1.5)
+    run.records(20, update_ratio=0.05)
+    assert run.rules() == (["update_ratio_too_large"] if told else [])
+
+
 @pytest.mark.parametrize(
     ("ratio", "loss", "told"),
     [

@@ -120,12 +120,12 @@ def never_stepped(history: History) -> Iterator[Finding]:
 def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
 
-    The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of
-    a list of equals that is not known to have been; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or where it was frozen before.
-    Whether the modules were called in the window, if that was looked at, is told: it separates what forgets them from what detaches
-    their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose module (or the modules
-    below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that steps are ignored (a
-    teacher), and so are experts (one of a list some of which are idle now and then, or called so).
+    The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of a
+    list of equals that is not known to have been; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or
+    where it was frozen before. Whether the modules were called in the window, if that was looked at, is told: it separates what forgets
+    them from what detaches their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose
+    module (or the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that
+    steps are ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
     """
     b, meta = history.baselines, history.meta
     window = np.where((b.reached == 0) & (b.frozen < 0), MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
@@ -234,10 +234,9 @@ def _first_one(bits: int) -> int:
 
 
 def _by_turns(history: History) -> NDArray[np.bool_]:
-    """`[P]`: reached by `IN_TURNS` of the last `BY` records, but not by all, and since the first two of them."""
+    """`[P]`: reached by `IN_TURNS` of the last `BY` records, and since the first two of them."""
     reached = (history.recent("grad_state", BY) & np.uint8(GradState.REACHED)) != 0
-    times = reached.sum(axis=0)
-    turns: NDArray[np.bool_] = (len(reached) == BY) & (times >= IN_TURNS) & (times < BY) & reached[:2].any(axis=0)
+    turns: NDArray[np.bool_] = (len(reached) == BY) & (reached.sum(axis=0) >= IN_TURNS) & reached[:2].any(axis=0)
     return turns
 
 
