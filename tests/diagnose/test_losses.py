@@ -217,6 +217,16 @@ def test_slow_ascent_is_told_by_the_line_that_it_follows(values: list[float], gu
         assert 0 < alert.step < run.history.recorded
 
 
+@pytest.mark.parametrize(
+    ("criterion", "before", "told"),
+    [("mse_loss", 12, True), ("mse_loss", 13, False), ("cross_entropy", 40, True)],
+)
+def test_slow_ascent_is_told_later_of_classes_only(criterion: str, before: int, told: bool) -> None:
+    run = Run(classifier(1.0, criterion), [loss_diverging])
+    losses(run, [*np.full(before - 1, 1.0), 0.3, *(1.03 * 1.12**i for i in range(12))])
+    assert run.rules() == (["loss_diverging"] if told else [])
+
+
 def fades(
     run: Run, flat: int = 30, peak: int = 15, rate: float = 9e-7, ratio: float = 1e-5, falls: bool = True, **columns: Any
 ) -> None:

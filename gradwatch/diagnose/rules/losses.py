@@ -47,6 +47,10 @@ the part of its slope over their first half that it has over the second at least
 itself, grows by a factor from update to update, slowly at first. In health no such line grows more than 2.1 times (a generator whose
 critic wins), and what grows like a power of the number of updates bends down: at 13 to 24 to 0.72 (computed)."""
 
+EARLY = 2 * TREND
+"""Records up to which that is told of losses other than cross-entropies: later their targets may have begun to move (a value that is learnt
+from itself rises by a factor of 25 while the policy gets better; measured)."""
+
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
 
@@ -133,7 +137,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     they grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
     `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess. Or the logarithms of the last `TREND` lie along a line
     (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more than the loss of a guess,
-    which has to be known.
+    which has to be known; of losses other than cross-entropies within the first `EARLY` records.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -153,6 +157,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     # Comparisons with what was not observed are False.
     above = recent > high
     climbs, grows = _climbs(recent, FAR * max(start, guess)), _grows(b.losses[-TREND:], FAR * start, guess)
+    grows &= classes or history.recorded <= EARLY
     if not start > 0 or not (above[-1] or climbs or grows) or not _is_comparable(history):
         return
     # One batch of them may be an easy one.
