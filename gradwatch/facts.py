@@ -223,7 +223,7 @@ class Pending:
     Attributes:
         backward_calls: backward passes in the open record.
         unowned: backward passes dropped since the last record because only optimizers of other models stepped.
-        foreign_steps: steps of optimizers that own nothing watched, since the last record.
+        foreign_steps: steps of optimizers that own nothing watched, or nothing that the open record reached, since the last record.
         ever_stepped: an owner of a watched parameter has stepped, or a watched weight has been changed by hand, at least once.
     """
 

@@ -332,6 +332,8 @@ class Recorder:
             self._steps_without.add(key)  # nothing has reached what it owns since it stepped last
         elif draft is not None and outermost and not found_inf and (record is None or key not in record.owners):
             self._steps_without.add(key)
+            self._foreign_steps += 1  # of another of the watched models, which this record has not reached
+            self._update_pending()
         elif draft is not None and outermost and not found_inf:
             draft.flag(self.owners.index(key), GradState.STEPPED)
             self._ever_stepped = True

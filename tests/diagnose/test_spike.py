@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gradwatch.diagnose.rules import gradient_spike
 from gradwatch.history import Meta
 from gradwatch.records import Severity
 from tests.diagnose.runs import Run, chain
@@ -174,3 +175,19 @@ def test_once_a_run_has_converged_one_hard_batch_stands_out_in_its_gradient(loss
     run.records(20, loss=0.01)
     run.record(250.0, loss=loss)
     assert ("gradient_spike" in run.rules()) is told
+
+
+@pytest.mark.parametrize(
+    ("first", "loss", "told"),
+    [
+        pytest.param(10.0, 0.09, False, id="400 times the usual, 4 times the first"),
+        pytest.param(0.5, 0.09, True, id="80 times the first"),
+        pytest.param(10.0, 0.11, True, id="the loss is not low"),
+    ],
+)
+def test_a_hard_batch_of_a_converged_run_has_to_exceed_what_the_run_began_with(first: float, loss: float, told: bool) -> None:
+    run = Run(chain(4), [gradient_spike])
+    run.records(12, first)
+    run.records(70, 0.1, loss=0.01)
+    run.record(40.0, loss=loss)
+    assert run.rules() == (["gradient_spike"] if told else [])

@@ -590,6 +590,22 @@ def test_a_normalisation_right_behind_the_first_layer_puts_it_right(before: str,
     assert run.rules() == (["unnormalized_input"] if told else [])
 
 
+@pytest.mark.parametrize(("later", "told"), [(0.51, True), (0.49, False)])
+def test_what_goes_past_a_normalisation_is_not_put_right_by_it(later: float, told: bool) -> None:
+    meta = chain(4)
+    norm = LayerFact("norm", "LayerNorm", "normalization")
+    stream = LayerFact("stream", "Dropout", "dropout")
+    meta = replace(meta, layers=(*meta.layers[:2], norm, *meta.layers[2:], stream))
+    columns = inputs(meta)
+    rms = columns["activation_rms"]
+    names = [f.name for f in meta.layers]
+    rms[names.index("stream")] = later * rms[names.index("0")]
+    rms[names.index("")] = rms[names.index("0")]  # the root holds it
+    run = Run(meta, [unnormalized_input])
+    run.records(20, **columns)
+    assert run.rules() == (["unnormalized_input"] if told else [])
+
+
 @pytest.mark.parametrize(
     "meta",
     [

@@ -56,6 +56,14 @@ def test_a_layer_that_freezes_at_update_20_is_told_within_10() -> None:
     assert run.only("frozen_weights").step == 20
 
 
+def test_a_layer_that_was_thawed_at_a_rate_of_0_is_frozen_since_then() -> None:
+    run = Run(chain(4), [frozen_weights])
+    state = of(run.history.meta, "1", value=np.uint8(SAME & ~GradState.REACHED), others=np.uint8(CHANGED))
+    run.records(15, of(run.history.meta, "1", value=np.nan, others=1.0), grad_state=state, update_ratio=1e-3)
+    frozen(run, 12, "1", lr=0.0)
+    assert run.only("frozen_weights").step == 15
+
+
 @pytest.mark.parametrize(("looks", "told"), [(8, False), (9, True)])
 def test_nine_looks_have_to_find_it_unchanged(looks: int, told: bool) -> None:
     run = Run(chain(4))

@@ -245,3 +245,17 @@ def test_a_weight_poisoned_between_two_updates() -> None:
             step(reference, optimizer)
     agree(watch, reference, records=20)
     said(watch, "non_finite_weight", step=7)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_optimizer_of_the_other_model_steps_none_of_these_weights(together: bool) -> None:
+    online, target = mlp(), mlp()
+    target.requires_grad_(False)
+    optimizer = torch.optim.Adam(target.parameters())
+    with GradWatch({"online": online, "target": target} if together else online, console=False) as watch:
+        for _, x, y in batches(12):
+            mse(online(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            online.zero_grad()
+    said(watch, "never_stepped", step=0, layers=())

@@ -13,6 +13,11 @@ from gradwatch.diagnose.arrays import DECADE, runs
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.history import History
 
+ROUNDING = 6.3
+"""Decades that a bias's gradient lies below its weight's in all of the first observations, from which it is 0 by mathematics: a softmax over
+the places that it is added to takes it out again (7.3 to 8; float32 resolves 6.9). Where activations explode a bias is far below, too, but
+seldom so far from the start."""
+
 
 @dataclass(frozen=True)
 class Modules:
@@ -94,7 +99,7 @@ class Deltas:
     Attributes:
         modules: which they are.
         delta: `[T, M]`, decades: the gradient of its bias if that is not mere rounding, else that of its weight.
-        bias: `[T, M]`, decades: the same, but its bias's gradient wherever that is not zero.
+        bias: `[T, M]`, decades: the same, but its bias's gradient wherever that is not zero, nor mere `ROUNDING` from the start.
         own: `[M]`: `delta` is its bias's gradient.
         gain: `[M]`, factor by which its weights enlarge what passes, 1 keeps the scale; NaN for a normalisation.
     """
@@ -128,7 +133,10 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     gain = np.fmax.reduceat(b.weight_norm[modules.columns] * group.gain, modules.start)
     own = bias >= weight - null_bias
     delta = np.where(own, bias, weight)
-    bias = np.where(bias > -44.0, bias, weight)
+    real = bias > -44.0
+    if not own.all():
+        real &= ~_is_rounding(group, b.first[:, modules.columns])
+    bias = np.where(real, bias, weight)
     told = np.asarray(own.all(axis=0))
     # Give a module without a bias of its own the delta of the normalisation right behind it, and the one before that: what a weight
     # gets depends on the size of its input, too.
@@ -140,6 +148,17 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     if keep.all():
         return Deltas(modules, delta, bias, told, gain)
     return Deltas(modules.pick(keep), delta[:, keep], bias[:, keep], told[keep], gain[keep])
+
+
+def _is_rounding(group: _Group, first: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`[M]`: its bias gets nothing by mathematics: its first gradients were what rounding leaves of a sum that is 0."""
+    logs = np.divide(first, DECADE, dtype=np.float64)
+    np.copyto(logs, -np.inf, where=np.isnan(logs))
+    with np.errstate(invalid="ignore"):
+        below = group.weights.largest(logs) - group.biases.largest(logs)
+    known = np.isfinite(below)
+    rounding: NDArray[np.bool_] = known.any(axis=0) & (np.where(known, below, np.inf).min(axis=0) >= ROUNDING)
+    return rounding
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ than half of their range): recurrent nets that begin to latch and flows that str
 MATTERS = 0.1
 """Part of what the run began with that a loss has to reach to be anything but usual: once a run has converged, one hard batch stands out."""
 
+BEYOND = 10.0
+"""Times the norm of the first records that such a batch has to reach, too: a wrong answer of a run that is sure of itself has a gradient as
+large as those it began with, or a few times that, and thousands of times what is left of them (measured)."""
+
 RESTART = 2.0
 """Factor by which the learning rate rose in one of the last records: what follows is its doing."""
 
@@ -62,7 +66,8 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     largest of `SPREAD` and the scaled MADs of `log h` and of the kept residuals; and `n` is `FIRST` times the norm of those
     parameters' first records. Names the modules that rose by `RATIO`, and by a tenth of the largest rise.
 
-    Where the loss of the record is usual, or below `MATTERS` of what the run began with, `n / median(h) >= ALONE`.
+    Where the loss of the record is usual, or below `MATTERS` of what the run began with, `n / median(h) >= ALONE`; in the second case `n`
+    is `BEYOND` times the norm of the first records, too.
 
     Ignored: parameters seen fewer than 11 times, or whose gradient was other than exactly 0 in fewer than `HABITUAL` of the nine
     observations before; a rise after the learning rate's; a skipped record.
@@ -111,7 +116,8 @@ def gradient_spike(history: History) -> Iterator[Finding]:
     risen = rises >= max(np.log(RATIO), float(rises.max()) - np.log(RATIO))
     share = np.flatnonzero(risen)[np.argsort(-now[risen], kind="stable")]
     names = tuple(history.parameters[i] for i in columns[share])
-    if rise < np.log(ALONE) and _loss_is_usual(history):
+    low = _loss_is_low(history)
+    if (rise < np.log(ALONE) and (low or _loss_is_usual(history))) or (low and np.log(total) - first < np.log(BEYOND)):
         return
     yield Finding(
         "gradient_spike",
@@ -133,9 +139,14 @@ def _loss_is_usual(history: History) -> bool:
     if len(losses) < WINDOW or not np.isfinite(losses).all():
         return False
     largest, least = float(losses[:-1].max()), float(losses[:-1].min())
-    first = history.baselines.first_losses
-    low = first.size > 0 and 0 < losses[-1] <= MATTERS * float(np.median(first))
-    return bool(low or losses[-1] <= max(USUAL * largest, largest + (USUAL - 1.0) * (largest - least)))
+    return bool(losses[-1] <= max(USUAL * largest, largest + (USUAL - 1.0) * (largest - least)))
+
+
+def _loss_is_low(history: History) -> bool:
+    losses, first = history.recent("loss", WINDOW).astype(float), history.baselines.first_losses
+    if len(losses) < WINDOW or not np.isfinite(losses).all():
+        return False
+    return bool(first.size > 0 and 0 < losses[-1] <= MATTERS * float(np.median(first)))
 
 
 def _before(history: History, columns: NDArray[np.int64]) -> NDArray[np.float64]:

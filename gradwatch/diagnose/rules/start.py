@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.activations import dead_units, saturated_activation
 from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress, recovers_soon
 from gradwatch.diagnose.rules.rule import patient, persistent
-from gradwatch.facts import BINARY
+from gradwatch.facts import BINARY, LayerFact
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -366,7 +366,9 @@ def _reader(history: History, size: float) -> int | None:
     first = rms[looked[-1]].astype(float)
     for column, fact in enumerate(meta.layers):
         # What reads the data beside an embedding is no input by its role.
-        if not fact.role or fact.kind in ("normalization", "embedding") or _is_normalised_next(history, column):
+        if not fact.role or fact.kind in ("normalization", "embedding"):
+            continue
+        if _is_normalised_next(history, column) and not _passes_on(meta.layers, column, first):
             continue
         if fact.kind == "recurrent" and fact.role == "input":  # its output is bounded, whatever it is given
             return column
@@ -375,6 +377,13 @@ def _reader(history: History, size: float) -> int | None:
         if scale > 0 and first[column] >= ARRIVES * scale * size:
             return column
     return None
+
+
+def _passes_on(layers: Sequence[LayerFact], column: int, rms: NDArray[np.float64]) -> bool:
+    """What it gives goes past that normalisation, too, for the output of some module that does not hold it is as large: a residual stream."""
+    name = layers[column].name
+    others = [i for i, fact in enumerate(layers) if i != column and fact.name and not f"{name}.".startswith(f"{fact.name}.")]
+    return bool((rms[others] >= 0.5 * rms[column]).any())
 
 
 def _is_normalised_next(history: History, column: int) -> bool:

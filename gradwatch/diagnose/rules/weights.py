@@ -291,10 +291,11 @@ def _gradient_ratio(history: History, columns: NDArray[np.int64]) -> float:
 def _since_the_same(history: History, columns: NDArray[np.int64]) -> int:
     state = history.recent("grad_state", None)[:, columns]
     changed = np.flatnonzero(((state & np.uint8(GradState.CHANGED)) != 0).any(axis=1))
-    steps = history.steps
-    if not changed.size:
-        return int(steps[0]) if len(steps) and steps[0] > 0 else 0
-    return int(steps[min(changed[-1] + 1, len(steps) - 1)])
+    reached, steps = ((state & np.uint8(GradState.REACHED)) != 0).any(axis=1), history.steps
+    began = int(np.argmax(reached))  # what was thawed got none before
+    if changed.size:
+        began = max(began, min(int(changed[-1]) + 1, len(steps) - 1))
+    return int(steps[began]) if len(steps) else 0
 
 
 @dataclass(frozen=True)
