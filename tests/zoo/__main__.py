@@ -13,7 +13,6 @@ import sys
 from tests.zoo import against, suite
 from tests.zoo.case import Case
 from tests.zoo.outcome import Outcome
-from tests.zoo.plain import measure
 from tests.zoo.score import IN_TIME, LOCALISED, TRUE, score, table, wrong
 
 HALVES = {
@@ -97,22 +96,15 @@ def _tell(tool: str, outcome: Outcome, in_full: bool) -> None:
 
 def _prove(groups: dict[str, list[Case]], options: argparse.Namespace) -> int:
     """Train without a watch and let each proof say what it measured."""
-    failed = False
-    for of, cases in groups.items():
-        proved, total = 0, 0
-        for case in cases:
-            for seed in range(options.seeds) if case.proof is not None else ():
-                total += 1
-                try:
-                    told = case.proof(measure(case, seed))
-                    proved += 1
-                except Exception as error:
-                    failed = True
-                    told = f"FAILED, {type(error).__name__}: {error}"
-                if _shown(of, options) and not (options.quiet and not told.startswith("FAILED")):
-                    print(f"{case.name} seed {seed}: {told}", flush=True)
-        print(f"{of}: {proved} of {total} proofs hold")
-    return int(failed)
+    proved = {of: [0, 0] for of in groups}
+    for of, name, seed, holds, told in suite.prove_all(groups, options.seeds, options.jobs):
+        proved[of][0] += holds
+        proved[of][1] += 1
+        if _shown(of, options) and not (options.quiet and holds):
+            print(f"{name} seed {seed}: {told}", flush=True)
+    for of, (holding, total) in proved.items():
+        print(f"{of}: {holding} of {total} proofs hold")
+    return int(any(holding < total for holding, total in proved.values()))
 
 
 def _shown(of: str, options: argparse.Namespace) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import multiprocessing
+import multiprocessing.pool
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from tests.zoo import against
 from tests.zoo.case import Case
 from tests.zoo.outcome import Heard, Outcome
+from tests.zoo.plain import measure
 from tests.zoo.run import listen
 
 FILES = {
@@ -90,6 +92,49 @@ def run_all(tools: tuple[str, ...], groups: dict[str, list[Case]], seeds: int, j
         yield tool, of, Outcome(case, seed, heard)
 
 
+def prove_all(groups: dict[str, list[Case]], seeds: int, jobs: int = 1) -> Iterator[tuple[str, str, int, bool, str]]:
+    """Train every case that has a proof without a watch, and let the proof measure.
+
+    Args:
+        groups: by name of the group, the cases wanted of it.
+        seeds: the number of seeds, from 0.
+        jobs: processes, of one torch thread each.
+
+    Yields:
+        (group, name of the case, seed, whether the proof holds, what it says).
+    """
+    tasks = [(g, case, seed) for g, wanted in groups.items() for case in wanted if case.proof is not None for seed in range(seeds)]
+    for (of, case, seed), (holds, told) in zip(tasks, _told(tasks, jobs), strict=True):
+        yield of, case.name, seed, holds, told
+
+
+def _told(tasks: list[tuple[str, Case, int]], jobs: int) -> Iterator[tuple[bool, str]]:
+    if jobs <= 1:
+        yield from (prove(case, seed) for _, case, seed in tasks)
+        return
+    with _pool(jobs) as pool:
+        yield from pool.imap(_prove, [(of, case.name, seed) for of, case, seed in tasks], chunksize=4)
+
+
+def prove(case: Case, seed: int) -> tuple[bool, str]:
+    """Whether the proof of a case holds, and what it says."""
+    assert case.proof is not None
+    try:
+        return True, case.proof(measure(case, seed))
+    except Exception as error:
+        return False, f"FAILED, {type(error).__name__}: {error}"
+
+
+def _prove(task: tuple[str, str, int]) -> tuple[bool, str]:
+    of, name, seed = task
+    return prove(_by_name(of)[name], seed)
+
+
+def _pool(jobs: int) -> multiprocessing.pool.Pool:
+    # Spawned, for a forked torch may hang in its thread pool. A case is a closure and does not travel: its name does.
+    return multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,))
+
+
 Task = tuple[str, str, Case, int]
 """(tool, group, case, seed)."""
 
@@ -103,8 +148,7 @@ def _heard(tasks: list[Task], jobs: int) -> Iterator[Heard]:
         finally:
             torch.set_num_threads(threads)
         return
-    # Spawned, for a forked torch may hang in its thread pool. A case is a closure and does not travel: its name does.
-    with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool:
+    with _pool(jobs) as pool:
         yield from pool.imap(_work, [(tool, of, case.name, seed) for tool, of, case, seed in tasks], chunksize=4)
 
 

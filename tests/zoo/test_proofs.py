@@ -1,9 +1,11 @@
-"""The fault of every sick case is there, and every healthy one converges: without a watch, by numbers of plain torch."""
+"""The fault of a sick case is there, and a healthy one converges: without a watch, by numbers of plain torch.
+
+Here of every fifth case of the first half, and of all of the second; `python -m tests.zoo --proofs` proves them all, and CI does.
+"""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import time
 from collections.abc import Iterator
 
@@ -12,16 +14,19 @@ import pytest
 from tests.zoo import suite
 from tests.zoo.plain import measure
 
+EVERY = 5
+
 
 def names() -> Iterator[tuple[str, str]]:
     """(file, case); a file that does not import is one failing test, and hides no other."""
-    for file in itertools.chain(*suite.FILES.values()):
-        try:
-            cases = importlib.import_module(file).CASES
-        except Exception:
-            yield file, "does not import"
-        else:
-            yield from ((file, case.name) for case in cases)
+    for half, files in suite.FILES.items():
+        for file in files:
+            try:
+                cases = importlib.import_module(file).CASES
+            except Exception:
+                yield file, "does not import"
+            else:
+                yield from ((file, case.name) for case in cases[:: EVERY if half == "first" else 1])
 
 
 @pytest.fixture(scope="module", autouse=True)
