@@ -133,13 +133,23 @@ def test_when_activations_explode_too_the_biases_tell() -> None:
     assert run.sent[0][0] == 3
 
 
-@pytest.mark.parametrize(("first", "then", "decades"), [(1e-6, 1e-3, 1.0), (0.0, 1e-3, 1.0), (1e-5, 1e-3, -3.0), (1.0, 1e-6, -6.0)])
-def test_a_bias_that_got_nothing_from_the_start_is_no_reference(first: float, then: float, decades: float) -> None:
+@pytest.mark.parametrize(
+    ("first", "then", "size", "decades"),
+    [
+        pytest.param(1e-6, 1e-3, 1.0, 1.0, id="nothing but rounding"),
+        pytest.param(0.0, 1e-3, 1.0, 1.0, id="nothing at all"),
+        pytest.param(1e-5, 1e-3, 1.0, -3.0, id="more than that"),
+        pytest.param(1.0, 1e-6, 1.0, -6.0, id="not from the start"),
+        pytest.param(1e-6, 1e-3, 1e3, -3.0, id="activations explode"),
+        pytest.param(1e-6, 1e-3, np.nan, -3.0, id="activations are not known"),
+    ],
+)
+def test_a_bias_that_got_nothing_from_the_start_is_no_reference(first: float, then: float, size: float, decades: float) -> None:
     """A softmax over the places to which a bias is added takes it out again."""
-    run, norms = Run(chain(4), []), np.full(8, 10.0)
+    run, norms = Run(meta := chain(4), []), np.full(8, 10.0)
     for bias in [first] * 10 + [then] * 10:
         norms[7] = bias
-        run.record(norms, noise=0.0)
+        run.record(norms, noise=0.0, activation_rms=np.full(len(meta.layers), size))
     deltas = deltas_of(run.history, np.ones(8, bool), 4.0)
     assert deltas is not None
     assert deltas.bias[-1] == pytest.approx([1.0, 1.0, 1.0, decades], abs=0.01)

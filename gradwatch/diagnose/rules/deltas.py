@@ -13,10 +13,10 @@ from gradwatch.diagnose.arrays import DECADE, runs
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.history import History
 
-ROUNDING = 6.3
-"""Decades that a bias's gradient lies below its weight's in all of the first observations, from which it is 0 by mathematics: a softmax over
-the places that it is added to takes it out again (7.3 to 8; float32 resolves 6.9). Where activations explode a bias is far below, too, but
-seldom so far from the start."""
+ROUNDING, USUAL = 6.3, 1e3
+"""Decades that a bias's gradient lies below its weight's in all of the first observations, from which it is 0 by mathematics, where no module's
+output has a root mean square of `USUAL`: a softmax over the places that it is added to takes it out again (7.3 to 8; float32 resolves 6.9).
+Where activations explode a bias is so far below, too."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def deltas_of(history: History, known: NDArray[np.bool_], null_bias: float) -> D
     delta = np.where(own, bias, weight)
     real = bias > -44.0
     if not own.all():
-        real &= ~_is_rounding(group, b.first[:, modules.columns])
+        real &= ~(_is_rounding(group, b.first[:, modules.columns]) & _is_of_usual_size(history))
     bias = np.where(real, bias, weight)
     told = np.asarray(own.all(axis=0))
     # Give a module without a bias of its own the delta of the normalisation right behind it, and the one before that: what a weight
@@ -159,6 +159,13 @@ def _is_rounding(group: _Group, first: NDArray[np.float32]) -> NDArray[np.bool_]
     known = np.isfinite(below)
     rounding: NDArray[np.bool_] = known.any(axis=0) & (np.where(known, below, np.inf).min(axis=0) >= ROUNDING)
     return rounding
+
+
+def _is_of_usual_size(history: History) -> bool:
+    """All that was seen of the modules' outputs lately is of a usual size, and something was."""
+    rms = history.recent("activation_rms", WINDOW)
+    rms = rms[np.isfinite(rms)]
+    return bool(rms.size and float(rms.max()) < USUAL)
 
 
 @dataclass(frozen=True)

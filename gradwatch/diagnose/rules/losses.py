@@ -120,6 +120,9 @@ GONE_FOR, AT_LEAST = 1 / 3, 20
 last 2 % below `GONE`, steps by a tenth at 30, 60 and 90 % none, an exponential decay to 1e-4 a quarter. What is meant for epochs and is
 stepped with every batch begins there."""
 
+ROWS = 16
+"""Kept records that are looked at before all of them are."""
+
 STANDS = 0.97
 """Times the loss of the first half of that time that of the second may be: less is no progress, significant or not."""
 
@@ -391,6 +394,8 @@ def _without_a_rate(history: History) -> Finding | None:
     ratios = ratios[np.isfinite(ratios)]
     if not ratios.size or not ratios.max() < STILL or history.recorded < 2 * AT_LEAST or progress(history) is Progress.LOW:
         return None
+    if not _may_be_gone(history):
+        return None
     rates = np.fmax.reduce(history.stat("lr").astype(float), axis=1, initial=np.nan)
     known = np.isfinite(rates)
     rates, losses, steps = rates[known], history.stat("loss").astype(float)[known], history.steps[known]
@@ -413,6 +418,14 @@ def _without_a_rate(history: History) -> Finding | None:
         "what it was",
         evidence={"loss": level, "updates": len(since), "lr": float(rates[-1]), "largest_lr": float(rates.max())},
     )
+
+
+def _may_be_gone(history: History) -> bool:
+    """A cheap look at a few of the kept records: whether the learning rate has fallen so far since one of them."""
+    oldest = history.recorded - len(history)
+    rows = np.unique(np.linspace(oldest, history.recorded - 1, ROWS).astype(int)).tolist()
+    rates = [float(np.fmax.reduce(history.between("lr", row, row + 1), axis=None, initial=np.nan)) for row in rows]
+    return bool(rates[-1] < GONE * np.nanmax(rates)) if np.isfinite(rates[-1]) else False
 
 
 def _warms_up(history: History) -> bool:
