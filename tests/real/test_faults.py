@@ -228,7 +228,6 @@ FAULTS: dict[str, Fault] = {
 
 MISSED: dict[str, str] = {
     "mixtral_router_detached": "said as INFO: all in a block called MoE is taken for an expert, the router too",
-    "wav2vec2_layer_not_in_optimizer": "said to begin at update 4, for LayerDrop skips the layer in the one before",
     "segformer_backward_scaled": "named at update 23: the jump counts once the median of the stage is ten times the classifier's",
     "whisper_backward_scaled": "a normalisation follows, so the jump does not count, and beside the decoder's 2.5 decades are too few",
     "gpt_neox_without_norms": "the head has no bias, and its weight's gradient is as large as what explodes; the loss counts as low",

@@ -20,7 +20,7 @@ from tests.zoo.run import run
 from tests.zoo.score import Score, score, table, wrong
 
 KNOWN = {rule.__name__ for rule in default_rules()}  # type: ignore[attr-defined]
-SICK, HEALTHY = 60, 45
+SICK, HEALTHY = 60, 30
 """The least numbers of cases in each half."""
 
 # -- the cases ---------------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,11 @@ def dead_units(history: History) -> Iterator[Finding]:
     no parameter of the same optimizer behind it (a hinge, a penalty, an output), but for an output that is silent while the loss is
     high and no parameter at all gets a gradient. Of what is no activation that is known, only that is told: it gives nothing but zeros
     and gets, but passes on no gradient, look after look, and the loss does not improve.
+
+    Example:
+        >>> nn.init.constant_(model[0].bias, -10.0)  # before a ReLU
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
     """
     if history.recorded < WINDOW:
         return
@@ -205,6 +210,11 @@ def saturated_activation(history: History) -> Iterator[Finding]:
     Ignored: rectifiers and softmaxes; the last activation of an optimizer's parameters, which may be an output meant to be 0 or 1;
     sigmoids beside another way for the gradient (`BYPASS`: gates, which are meant to be 0 or 1), and a jump of theirs; functions of
     which it is not known what they are; everything while the loss is low (below 1/20 of its first values).
+
+    Example:
+        >>> nn.init.normal_(model[0].weight, std=5.0)  # before a Tanh
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
     """
     if history.recorded < WINDOW:
         return

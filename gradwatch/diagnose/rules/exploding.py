@@ -105,6 +105,11 @@ def exploding_gradient(history: History) -> Iterator[Finding]:
     Ignored: large but level gradients; a single module at the input (large or unnormalised inputs) and small embeddings before a
     normalisation; parts with a head of their own; norms that grow while the loss does not; growth across
     depth while the loss is low (below 1/20 of its first values).
+
+    Example:
+        >>> [nn.init.normal_(p, std=0.5) for p in mlp.parameters() if p.ndim == 2]  # ten layers of 128
+        >>> with GradWatch(mlp):
+        ...     train(mlp, optimizer)
     """
     if not len(history):
         return

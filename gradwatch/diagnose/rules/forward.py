@@ -24,6 +24,13 @@ def non_finite_input(history: History) -> Iterator[Finding]:
 
     An error where the loss or a gradient is not finite either, a warning where the update was left out for it; otherwise the model knows
     what to do about it (missing values, a mask) and it is INFO. Names the model.
+
+    Ignored: integers; updates that are not looked at.
+
+    Example:
+        >>> x[0] = float("nan")
+        >>> with GradWatch(model):
+        ...     step(x, y)
     """
     if not len(history):
         return
@@ -56,6 +63,11 @@ def non_finite_activation(history: History) -> Iterator[Finding]:
     Ignored: modules that had such outputs in one of the last `HABIT` records whose loss and gradients were finite; an activation that is
     called in many places, where another module can be named; and an overflow in an update that a GradScaler skipped, unless the loss
     is not finite.
+
+    Example:
+        >>> class Log(nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.log(F.relu(x))
     """
     if not len(history):
         return

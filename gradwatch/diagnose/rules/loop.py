@@ -50,6 +50,13 @@ def gradients_not_zeroed(history: History) -> Iterator[Finding]:
 
     A parameter is sick when the flag `GradState.STALE` stood in at least `STALE_STEPS` of its owner's last 10 steps. Accumulation,
     several backward passes in a record and another model's loss adding to it do not raise the flag.
+
+    Ignored: whatever does not raise that flag: accumulation, several backward passes in a record, another model's loss.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     for x, y in loader:
+        ...         criterion(model(x), y).backward(), optimizer.step()
     """
     b = history.baselines
     recent = b.stale & np.uint16(1023)
@@ -85,6 +92,13 @@ def never_stepped(history: History) -> Iterator[Finding]:
     nothing of this model stepped. Of a loop that has stepped before, only `ENDLESS` such dropped passes are its business, and only where
     an optimizer owns some of the weights (else `not_in_optimizer` tells): passes that are cleared may be meant so (saliency, Fisher
     information, an attack on the inputs, gradients of a validation).
+
+    Ignored: loops that have stepped before and then only measure; other models' optimizers, as long as one of this model steps.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     for x, y in loader:
+        ...         optimizer.zero_grad(), criterion(model(x), y).backward()
     """
     b, pending = history.baselines, history.pending
     if pending.ever_stepped or bool((b.stepped > 0).any()):
@@ -126,6 +140,11 @@ def missing_gradient(history: History) -> Iterator[Finding]:
     them from what detaches their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose
     module (or the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that
     steps are ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
+
+    Example:
+        >>> with GradWatch(model):
+        ...     for x, y in loader:
+        ...         step(model.head(model.body(x).detach()), y)
     """
     b, meta = history.baselines, history.meta
     window = np.where((b.reached == 0) & (b.frozen < 0), MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
@@ -176,6 +195,11 @@ def not_in_optimizer(history: History) -> Iterator[Finding]:
     Trainable leaves of the graph that are no registered parameter are judged after as many records: those found in the attributes
     of a watched module (a layer in a plain list) are an ERROR; others are INFO, for a perceptual network or a teacher of the loss
     has such leaves in health. Loops without any optimizer are ignored, and frozen parameters.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
     """
     b, meta = history.baselines, history.meta
     orphans = (b.orphan >= IN_TURNS) & ~meta.owned & meta.trainable

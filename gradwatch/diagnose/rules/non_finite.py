@@ -22,6 +22,13 @@ def non_finite_weight(history: History) -> Iterator[Finding]:
     `weight_norm` is Inf, or it is NaN for a parameter that the record reached while it is a number for another one: NaN alone says
     that nothing was observed. All of them at once: where the record before had a number for each of those, and no gradient that was
     not finite, and this one has an activation that is not. Judged on full-statistics updates.
+
+    Ignored: weights that were not looked at in the record.
+
+    Example:
+        >>> model[0].weight.data[0, 0] = float("nan")
+        >>> with GradWatch(model):
+        ...     train(model, optimizer)
     """
     weights = _last(history, "weight_norm")
     if weights is None:
@@ -61,6 +68,13 @@ def non_finite_loss(history: History) -> Iterator[Finding]:
     """The loss is NaN or Inf in a record in which it was seen.
 
     At once, under a GradScaler too: a loss that only its scale makes overflow is recorded as one that was not seen.
+
+    Ignored: a loss that was not seen, or that only its scale makes overflow.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     loss = F.mse_loss(model(x), y) + torch.tensor(0.0).log()
+        ...     loss.backward()
     """
     losses = history.recent("loss", 1).astype(np.float64)
     if not losses.size or np.isfinite(losses[-1]) or not history.recent("loss_terms", 1)[0] > 0:
@@ -84,6 +98,13 @@ def non_finite_gradient(history: History) -> Iterator[Finding]:
 
     Parameters are named from the loss towards the input, the way a bad value travels. A finite gradient whose norm overflows is no
     case of it (`grad_nonfinite` is 0), and a scaler that searches its scale skips such records.
+
+    Ignored: records that a GradScaler skips; a norm that overflows while all elements are finite.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     (model(x) - y).square().sum(1).sqrt().mean().backward()  # a row is met exactly: 0 * Inf
+        ...     optimizer.step()
     """
     # The norm of all is finite only if all are.
     if not history.recorded or math.isfinite(history.recent("total_norm", 1)[0]):

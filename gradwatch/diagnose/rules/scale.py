@@ -28,6 +28,11 @@ def loss_scale_collapse(history: History) -> Iterator[Finding]:
     Yields when `SKIPS` updates in a row were skipped and the scale is at most `LOW`; when `ENDLESS_SKIPS` were; or when the scale
     is below 1, below a quarter of the first, and an update in the kept window was skipped. A scale set by hand is ignored, and a
     search that ends.
+
+    Example:
+        >>> scaler = torch.amp.GradScaler("cpu")
+        >>> with GradWatch(model):
+        ...     train(model, optimizer, scaler, loss=lambda x, y: F.mse_loss(model(x), y) * float("nan"))
     """
     b = history.baselines
     scale = history.recent("loss_scale", 1)

@@ -71,6 +71,11 @@ def gradient_spike(history: History) -> Iterator[Finding]:
 
     Ignored: parameters seen fewer than 11 times, or whose gradient was other than exactly 0 in fewer than `HABITUAL` of the nine
     observations before; a rise after the learning rate's; a skipped record.
+
+    Example:
+        >>> with GradWatch(model):
+        ...     for i, (x, y) in enumerate(loader):
+        ...         step(x, 1000 * y if i == 50 else y)
     """
     b = history.baselines
     if len(history) <= WINDOW or len(b.residuals) < 1:

@@ -104,6 +104,11 @@ def vanishing_gradient(history: History) -> Iterator[Finding]:
     the share of the fall that a matrix explains which began at exactly zero and has not grown yet (zero-initialised heads); a branch
     with a head of its own, for its loss may just weigh less; a gradient that is exactly zero all at once (`zero_gradient`); the absolute
     size of anything.
+
+    Example:
+        >>> mlp = nn.Sequential(*[m for _ in range(10) for m in (nn.Linear(64, 64), nn.Sigmoid())], nn.Linear(64, 1))
+        >>> with GradWatch(mlp):
+        ...     train(mlp, optimizer)
     """
     if not len(history) or bool(history.recent("skipped", 1)[0]):
         return

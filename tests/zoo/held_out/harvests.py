@@ -1305,7 +1305,7 @@ def _(seed: int) -> Setup:
     proof=lambda p: _adapts(p),
 )
 def _(seed: int) -> Setup:
-    model = mlp(nn.ReLU, 2, 32, 1, 1)
+    model = mlp(nn.Tanh, 1, 40, 1, 1)
     START[model] = copy.deepcopy(model)
     g = torch.Generator().manual_seed(seed)
     names = [name for name, _ in model.named_parameters()]
@@ -1348,7 +1348,7 @@ def _adapts(p: Plain) -> str:
         return sum(found) / len(found)
 
     a, b = after(START[_one(p)]), after(_one(p))
-    assert b < 0.6 * a, f"after two steps on a new task the loss was {a:.3g} and is {b:.3g}"
+    assert b < 0.3 * a, f"after two steps on a new task the loss was {a:.3g} and is {b:.3g}"
     return f"after two steps on a new task the loss was {a:.3g} and is {b:.3g}"
 
 
