@@ -49,7 +49,7 @@ to 255 have 100 to 150, and calendar years 2,000."""
 
 BEGAN_OFF, LEARNS = 1.5, 0.75
 """Times the loss of the best constant output that the first loss is, and the last are, at update `PATIENCE`, from which inputs of such a size
-are told though the loss falls: outputs of raw pixels begin at 1.8 to 10 times that (measured), where a normalisation reads them at 1.0."""
+are told though the loss falls: outputs of raw pixels begin at 1.3 to 10 times that, where a normalisation reads them at 1.0 (measured)."""
 
 ARRIVES = 0.1
 """Part of what independent inputs of that size would give from which the layer was given them as they are. Pixels, which go together,
