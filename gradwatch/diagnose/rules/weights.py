@@ -62,9 +62,9 @@ PATIENCE = 14
 
 WHOLE = 1.0
 """Update ratio of one look with which the weights are replaced, where what a guess costs is known and the loss has not come below what the
-run began with: after such steps healthy probes and regressions are at 0.54 of it and less within 14 updates (measured). And that which no look may
-reach where the loss has come below what it began with, to be left alone though it is not below that of a guess: weights that began tiny are
-replaced on their way (linear prediction under Adam at 0.01: 0.48; measured)."""
+run began with: after such steps healthy probes and regressions are at 0.54 of it and less within 14 updates (measured). And that which no
+look may reach where the loss has come below what it began with, to be left alone though it is not below that of a guess: weights that began
+tiny are replaced on their way (linear prediction under Adam at 0.01: 0.48; measured)."""
 
 TINY = 0.3
 """Factor by which matrices change the scale of independent inputs below which they began tiny, and are replaced on their way: PyTorch's
