@@ -200,6 +200,15 @@ def restore_buffers(given: object) -> bool | None:
     return given
 
 
+def origin(given: object) -> bool | None:
+    """True, False or None."""
+    if given is not None and not isinstance(given, bool):
+        raise TypeError(
+            f"GradWatch(origin={short(given)}): got {type(given).__name__}; it needs True, False, or None (where it costs no waiting)"
+        )
+    return given
+
+
 def callables(name: str, given: object) -> tuple[Callable[[Any], Any], ...]:
     """One callable or several."""
     if callable(given):

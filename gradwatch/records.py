@@ -143,6 +143,33 @@ class Origin:
     source: str = ""
 
 
+TRACED = frozenset(
+    {"non_finite_input", "non_finite_weight", "non_finite_activation", "non_finite_loss", "non_finite_gradient", "loss_scale_collapse"}
+)
+"""Rules whose incidents have an origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """What was found out about one update whose loss or gradients are not finite, before its step.
+
+    Attributes:
+        step: number of the update.
+        origin: where the value was born; None where that is not known, or not yet.
+        cause: why, in a sentence; "" where there is nothing to say.
+        remedy: what to try, in a sentence, and behind a line break the smallest mend as a diff, where the line is known.
+        outputs: modules whose output is known to have held it -> how many elements did.
+        inputs: bad elements in what the model was given; NaN where that was not looked at.
+    """
+
+    step: int
+    origin: Origin | None = None
+    cause: str = ""
+    remedy: str = ""
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    inputs: float = float("nan")
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What a rule sees in the history at one update. A rule yields it again at every update at which it still holds.

@@ -32,6 +32,7 @@ from gradwatch.diagnose.rules import Rule, default_rules, name_of
 from gradwatch.facts import Meta
 from gradwatch.foresight import Foresight
 from gradwatch.history import History
+from gradwatch.investigate.inquest import Inquest
 from gradwatch.keeping import Keeping
 from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
@@ -83,6 +84,10 @@ class GradWatch:
         keep_also: further objects with `state_dict()` and `load_state_dict()` that are kept and go back with them, such as a scheduler.
         restore_buffers: whether a step that is left out takes back what its forward pass did to the models' buffers (a BatchNorm's
             running mean is NaN for ever after one NaN). None: those of at most 262,144 elements, for a copy an update.
+        origin: whether a loss or a gradient that is not finite is traced to the operator and the line where the value was born. For that
+            references to the inputs of the update in flight are held, the state of the random generators and the gradient at the model's
+            outputs (up to 64 MB); when something goes wrong, the forward and the backward pass run once more before the step, on stand-ins. None: where
+            nobody has to wait for a device for it; True: there, too, once an update; False: nothing is held and nothing is run.
         rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
         on_alert: called with each `Alert` that opens, is traced to its origin, grows worse or ends; one callable or several.
         on_step: called with the `StepRecord` of each closed update; one callable or several.
@@ -112,6 +117,7 @@ class GradWatch:
         restore_buffers: bool | None = None,
         keep_good: int | None = None,
         keep_also: Any = (),
+        origin: bool | None = None,
     ) -> None:
         self._attached = self._failed = False
         models = options.models(model)
@@ -146,6 +152,8 @@ class GradWatch:
             notice=_weakly(self._notice),
         )
         self._actor = Actor(policy, self._foresight) if policy.asked else None
+        self._traces = options.origin(origin)
+        self._inquest = None if self._traces is False else Inquest(_weakly(self._own_alerts), _weakly(self._notice))
         every = options.keep_good(keep_good)
         also = options.keep_also(keep_also, every)
         self._keeping: Keeping | None = None
@@ -519,6 +527,8 @@ class GradWatch:
             notice=_weakly(self._notice),
             act=self._actor,
             scaler=self._scaler,
+            ask=self._inquest,
+            waits=self._traces is True,
             started=time.perf_counter() if self._started is None else self._started,
         )
 
@@ -538,6 +548,9 @@ class GradWatch:
     def _next_row(self) -> NDArray[Any]:
         assert self._history is not None
         return self._history.next_row()
+
+    def _own_alerts(self) -> tuple[Alert, ...]:
+        return self._incidents.alerts
 
     def _own_history(self) -> History:
         assert self._history is not None
@@ -582,7 +595,10 @@ class GradWatch:
 
     def _judge(self, history: History) -> None:
         also = self._actor.take_findings() if self._actor is not None else ()
-        for alert in self._incidents.judge(history, also):
+        inquest = self._inquest
+        for alert in self._incidents.judge(history, also, inquest.last if inquest is not None else None):
+            if inquest is not None and self._recorder is not None and alert.rule == "non_finite_weight" and alert.origin is None:
+                alert = self._incidents.trace(alert, inquest.weights(self._recorder.case(alert.step)))
             if alert.state == "open" and self._recorder is not None:
                 self._recorder.suspect()
             for sink in tuple(self._sinks):

@@ -24,7 +24,7 @@ ROOMS = {
     "capture": {"records", "facts", "clock"},
     "clip": {"capture"},
     "protect": {"records", "clip", "capture"},
-    "investigate": {"records"},
+    "investigate": {"records", "capture"},
 }
 """Which rooms a room may import, besides itself. What is not listed (watch, __init__, __main__, integrations) may import all."""
 

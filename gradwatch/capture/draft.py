@@ -59,6 +59,7 @@ class Draft:
         layers: the statistics made of it; None: not yet.
         clipped_on_device: slots that were given to a clipper on their device.
         aside: its norms are an outlier that was dealt with, which is not learnt.
+        inputs_bad: elements of the model's inputs that were found not to be finite; NaN: not looked for.
         left_out: keys of the optimizers whose step the watch leaves out, and why.
     """
 
@@ -87,6 +88,7 @@ class Draft:
     layers: Mapping[str, NDArray[np.float64] | float] | None = None
     clipped_on_device: list[int] = field(default_factory=list)
     aside: bool = False
+    inputs_bad: float = math.nan
     left_out: dict[int, SkipReason] = field(default_factory=dict)
 
     @classmethod

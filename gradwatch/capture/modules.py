@@ -7,9 +7,10 @@ hook: those raise on in-place operations, miss nested outputs and change the bit
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from time import perf_counter
@@ -375,6 +376,16 @@ class ModuleHooks:
     def _is_mine(self, hook: Any) -> bool:
         cell = getattr(hook, "__self__", None) if type(hook) is MethodType else None
         return type(cell) is Cell and cell._hooks is self
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While it is entered, what runs is ours and is not looked at."""
+        before = self.listening, self.once
+        self.listening, self.once = False, {}
+        try:
+            yield
+        finally:
+            self.listening, self.once = before
 
     def guarded(self, do: Callable[..., None], *args: Any) -> None:
         """Do it inside the user's forward pass: what fails there ends the hooks and nothing else."""

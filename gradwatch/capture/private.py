@@ -38,6 +38,50 @@ def sequence_number(node: Any) -> int:
     return number if number < 2**63 else -1
 
 
+def next_sequence_number() -> int:
+    """The rank that the next node to be made will get; -1 where this torch does not tell."""
+    try:
+        return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+    except AttributeError:
+        return -1
+
+
+def current_node() -> Any:
+    """The autograd node that the engine is running in this thread; None outside a backward, or where this torch does not tell."""
+    try:
+        return torch._C._current_autograd_node()
+    except AttributeError:
+        return None
+
+
+@functools.cache
+def operator_names() -> dict[str, str]:
+    """Names of torch's operators by the same without underscores, in small letters: what an autograd node is called after."""
+    try:
+        names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
+    except AttributeError:
+        return {}
+    # The shorter one last: `softmax` rather than `_softmax`.
+    return {name.replace("_", "").lower(): name for name in sorted(names, key=len, reverse=True)}
+
+
+def watched_operators() -> int:
+    """How many dispatch modes are watching operators in this thread; 1 where this torch does not tell."""
+    try:
+        return int(torch._C._len_torch_dispatch_stack())
+    except AttributeError:
+        return 1
+
+
+def watching_operators() -> Any:
+    """The dispatch mode that watches operators first; None for none."""
+    try:
+        count = torch._C._len_torch_dispatch_stack()
+        return torch._C._get_dispatch_stack_at(count - 1) if count else None
+    except AttributeError:
+        return None
+
+
 def saved_number(node: Any, name: str) -> float | None:
     """A number that an autograd node keeps, for example the `reduction` of a loss; None where it has none of this name."""
     if hasattr(node, f"_raw_saved_{name}"):
@@ -371,12 +415,17 @@ _guarding: set[int] = set()
 _skipped: list[bool] = []
 
 
+def call_code() -> Any:
+    """The code of a module's call, on Python's stack while it runs; None where this torch calls it otherwise."""
+    return getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+
+
 def running_calls(module: torch.nn.Module, limit: int = 400) -> int:
     """How often a module is being called on this thread's Python stack, up to `limit` frames deep.
 
     Without the private name: never, so that a model that is called inside itself is taken for one whose call was broken off.
     """
-    code = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+    code = call_code()
     walk: Any = sys._getframe(1)
     count = 0
     while walk is not None and limit:

@@ -20,17 +20,18 @@ from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import walk
+from gradwatch.capture.held import Ask, Call, Case, Held
 from gradwatch.capture.inside import Inside
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners
-from gradwatch.capture.parameters import ParameterTable, dense, on_host
+from gradwatch.capture.parameters import ParameterTable, dense, on_host, unwrap
 from gradwatch.capture.scale import LossScale
 from gradwatch.capture.slab import CLIP_COEF, GRADIENTS, LOSS, PROBES, SCALARS, WEIGHTS
 from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import FROZEN_AFTER, Meta, Pending
-from gradwatch.records import GradState, Sampling
+from gradwatch.records import GradState, Inquiry, Sampling
 
 _TURN = 64
 """Records after which an optimizer that has not stepped takes no turns with the others any more. Critics mostly step five times for one
@@ -51,6 +52,8 @@ class Recorder:
         notice: told what there is to say of the watch itself.
         act: acts right before a step. None: nobody does.
         scaler: the only GradScaler that is heard; None: any.
+        ask: finds out why an update went wrong, before its step. None: nobody does, and nothing is held for it.
+        waits: wait for a device before each step, so that `ask` can be asked.
         started: `time.perf_counter()` of second 0; None: now.
     """
 
@@ -67,9 +70,12 @@ class Recorder:
         notice: Callable[[str], None],
         act: Act | None = None,
         scaler: Any = None,
+        ask: Ask | None = None,
+        waits: bool = False,
         started: float | None = None,
     ) -> None:
         self._sampling = sampling
+        self._models = models
         self._next_row, self._on_row, self._on_meta = next_row, on_row, on_meta
         self._recorded = recorded
         self.table = ParameterTable(models)
@@ -84,6 +90,9 @@ class Recorder:
         self.inside = Inside(models, self.table, sampling, here, notice)
         later = self.inside.hooks.before_next_forward
         self.acting = Acting(act, models, self.table, self.gradients, later) if act is not None else None
+        self._ask, self._waits = ask, waits
+        self._roots: Sequence[Any] = ()
+        self.held = Held(here, notice, self._begins)
         self._late = False
         self._searched: set[int] = set()
         self._counts: dict[frozenset[int], int] = {}
@@ -114,6 +123,7 @@ class Recorder:
     def start(self) -> None:
         """Put hooks on modules; `stop` takes them out."""
         self.inside.scan()
+        self._hold()
         self._listen()
         if self.acting is not None:
             self.acting.scan()
@@ -121,6 +131,18 @@ class Recorder:
     def stop(self) -> None:
         """Nothing of the watch is left on the model."""
         self.inside.hooks.remove()
+        self.held.remove()
+        if self._ask is not None:
+            self._ask.stop()
+
+    def _begins(self, call: Call) -> None:
+        """A forward pass of a watched model begins."""
+        if self._ask is not None and self._ask.armed and not self.inside.hooks.compiled:
+            self._ask.begin(call, self.case())
+
+    def _hold(self) -> None:
+        if self._ask is not None:
+            self.held.scan([unwrap(model) for model in self._models.values()])
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
@@ -137,6 +159,10 @@ class Recorder:
         self._saw_loss = self._walks.looks_at_loss
         if self._saw_loss:
             self._walks.see_loss(roots, self.scale.ahead(self._draft))
+        if self._ask is not None:
+            self._ask.backward_begins()
+            if self.held.calls:
+                self._look_at_loss(roots)
         self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
@@ -163,6 +189,8 @@ class Recorder:
             if scalar:
                 self._add_loss(draft, roots)
             self._take_told(draft)
+            if self._ask is not None:
+                self._look_for_origin(draft, roots)
             if self.acting is not None:
                 self.acting.after_backward(draft)
             if (reached is not self.gradients.everything or not self._walks.done) and self._walks.take(
@@ -240,10 +268,12 @@ class Recorder:
         if draft.remote:
             draft.probes.append(probes)
             self._send_probes(probes)
+            if self._waits or (self.acting is not None and self.acting.needs_norms):
+                self._await()
+            if self._roots and not draft.remote and self._ask is not None:
+                self._look_for_origin(draft, self._roots)
             if self.acting is None:
                 return
-            if self.acting.needs_norms:
-                self._await()
         else:
             self._look_at_probes(draft, probes, self.gradients.scaled_since(probes.slots))
         if self.acting is not None and there and not draft.state[there[0]] & GradState.CLEARED:
@@ -475,6 +505,7 @@ class Recorder:
         self._told.clear()
         self.scale.forget()
         self.inside.hooks.once.clear()
+        self.held.release()
         if self.acting is not None:
             self.acting.scan()
         self.inside.hooks.forget()
@@ -613,6 +644,71 @@ class Recorder:
         draft.state[slots] &= ~np.uint8(GradState.SAME)  # an earlier step of this update may have done nothing
         draft.flag(same, GradState.SAME)
 
+    # -- what went wrong -----------------------------------------------------------------------------------------------------------
+
+    def _look_at_loss(self, roots: Sequence[Any]) -> None:
+        """A backward is about to run: where its loss is not finite, what the graph says of it is gone afterwards."""
+        values = [root.detach() for root in roots if isinstance(root, Tensor) and root.numel() == 1 and on_host(root)]
+        if all(math.isfinite(float(value.real if value.is_complex() else value)) for value in values):
+            return
+        scaled = self.scale.ahead(self._draft) != 1.0
+        if scaled and not any(bool(torch.isnan(value)) for value in values):
+            return  # what overflowed may be the scaled loss
+        if self._ask is not None and self._ask.wants(scaled, loss_is_bad=True):
+            self._ask.before(self._case(roots, self.held.calls, loss_is_bad=True))
+
+    def _look_for_origin(self, draft: Draft, roots: Sequence[Any]) -> None:
+        """A backward has returned and nothing has stepped yet: where it went wrong, find out why, else let go of what is held for that."""
+        if draft.remote or draft.remote_loss:
+            self._roots = roots  # not known yet: before the step
+            return
+        self._roots = ()
+        loss_is_bad = bool(draft.terms) and (math.isnan(draft.loss) or (math.isinf(draft.loss) and not draft.by_scaler))
+        if not draft.nonfinite.any() and not loss_is_bad:
+            self.held.release(fine=True)
+            if self._ask is not None:
+                self._ask.was_fine()
+            return
+        if self._ask is None or not self._ask.wants(draft.by_scaler, loss_is_bad):
+            return
+        bad = frozenset(id(self.table.params[slot]) for slot in np.flatnonzero(draft.nonfinite).tolist())
+        case = self._case(roots, self.held.reached(), bad, loss_is_bad)
+        with self.inside.hooks.deaf(), self.held.deaf():
+            found = self._ask.after(case)
+        self.held.release()
+        if found is not None:
+            self._note_inquiry(draft, found)
+
+    def _case(
+        self, roots: Sequence[Any], calls: Sequence[Call], bad: frozenset[int] = frozenset(), loss_is_bad: bool = False
+    ) -> Case:
+        return Case(
+            step=self.recorded(),
+            calls=list(calls),
+            roots=roots,
+            modules={id(module): name for name, module in self.table.modules.items()},
+            parameters={id(p): (name, p) for name, p in zip(self.table.names, self.table.params, strict=True)},
+            bad=bad,
+            loss_is_bad=loss_is_bad,
+        )
+
+    def _note_inquiry(self, draft: Draft, found: Inquiry) -> None:
+        """What was found out stands in the record, which for this is as good as one that was looked at from the start."""
+        draft.inputs_bad = found.inputs
+        weight = found.origin is not None and found.origin.phase == "weight"
+        if draft.full or not (found.outputs or found.inputs > 0 or weight):
+            return
+        draft.full = True
+        self._sample(draft, np.flatnonzero(draft.state).tolist())
+        counts = np.full(len(self.table.modules), np.nan)
+        for column, name in enumerate(self.table.modules):
+            counts[column] = found.outputs.get(name, np.nan)
+        draft.layers = {"activation_nonfinite": counts, "input_nonfinite": found.inputs}
+
+    def case(self, step: int = -1) -> Case:
+        """Names of modules and parameters, for who asks between two updates of the one that is numbered `step`."""
+        return replace(self._case((), ()), step=step)
+
     # -- what the clock asks -------------------------------------------------------------------------------------------------------
 
     def _cleared(self) -> bool:
@@ -696,6 +792,8 @@ class Recorder:
             if self._initial.look_again(self.table.params):
                 self._describe()
             self._foreign_steps = self._unowned = 0
+            self.held.release(fine=True)
+            self._roots = ()
             closed = Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
             self._drain(force=True, before=closed)  # the copies that these records wait for give way to this one's
@@ -760,6 +858,8 @@ class Recorder:
         if taken is None:
             return None
         found = self.inside.statistics(draft, taken)
+        if draft.inputs_bad > 0:
+            found = {**found, "input_nonfinite": draft.inputs_bad}
         if self.inside.note(taken):
             self._describe()
         return found
@@ -779,6 +879,8 @@ class Recorder:
     def _rescan(self) -> None:
         self.table.rescan()
         self.inside.rescan()
+        if self.held.on:
+            self._hold()
         self._reader = NormReader(self.table.params)
         self.gradients.resize(self.table.params, self._reader)
         if self.acting is not None:

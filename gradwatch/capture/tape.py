@@ -7,6 +7,7 @@ it is still ours. Nothing here keeps a watch alive.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -52,6 +53,16 @@ class Tape:
         self._token: object = None
         self._scales: list[tuple[type, Any, Any]] = []
         self._handles: list[RemovableHandle] = []
+        self._deaf = 0
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While it is entered, nobody hears of backward passes in this thread: they are the watch's own."""
+        before, self._deaf = self._deaf, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._deaf = before
 
     def add(self, listener: Listener) -> None:
         """Let `listener` hear from now on; it is held weakly."""
@@ -91,7 +102,7 @@ class Tape:
         @functools.wraps(original)
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
             # Somebody may have wrapped or kept this wrapper before it was taken out: it stays in their chain and is deaf there.
-            if tape._token is not token or private.in_backward() or not tape._listeners:
+            if tape._token is not token or private.in_backward() or not tape._listeners or tape._is_deaf():
                 return original(tensors, grad_tensors, *args, **kwargs)
             return tape._run(original, tensors, grad_tensors, args, kwargs)
 
@@ -128,6 +139,9 @@ class Tape:
 
         scaler.scale = scale  # type: ignore[attr-defined]
         self._scales.append((scaler, original, scale))
+
+    def _is_deaf(self) -> bool:
+        return self._deaf != 0 and self._deaf == threading.get_ident()
 
     # -- one backward --------------------------------------------------------------------------------------------------------------
 

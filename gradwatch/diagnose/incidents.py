@@ -28,7 +28,7 @@ from gradwatch.diagnose.causes import (
 from gradwatch.diagnose.naming import layers_of, merged, overlap
 from gradwatch.diagnose.rules.rule import PERSISTENCE, Rule, is_due, name_of, persistence_of
 from gradwatch.history import History
-from gradwatch.records import Alert, Finding, Severity
+from gradwatch.records import TRACED, Alert, Finding, Inquiry, Severity
 
 # A spike is one record; what it does to the weights may be told as well, but not instead.
 _EVENTS = frozenset({"gradient_spike", "loss_spike"})
@@ -63,15 +63,16 @@ class Incidents:
         """Every incident in its present state, in the order in which they opened."""
         return tuple(incident.alert for incident in self._incidents)
 
-    def judge(self, history: History, also: Iterable[Finding] = ()) -> tuple[Alert, ...]:
+    def judge(self, history: History, also: Iterable[Finding] = (), inquiry: Inquiry | None = None) -> tuple[Alert, ...]:
         """Run the rules over the history as it is now.
 
         Args:
             history: with a record more than at the last call, or with its `pending` or `ended` changed.
             also: what rules found in the last record before its step, and would not find now, for something was done about it.
+            inquiry: what was found out last about where a value that is not finite was born.
 
         Returns:
-            The alerts to send: incidents that opened, whose severity rose, or that ended.
+            The alerts to send: incidents that opened, were traced to their origin, whose severity rose, or that ended.
         """
         send: list[Alert] = []
         found = self._run(history)
@@ -90,8 +91,31 @@ class Incidents:
                 send.append(incident.alert)
             elif self._extend(incident, finding, history):
                 send.append(incident.alert)
+        if inquiry is not None:
+            send = self._trace(send, inquiry)
         send.extend(self._end(history))
         return tuple(send)
+
+    def trace(self, alert: Alert, inquiry: Inquiry | None) -> Alert:
+        """Add what an inquiry found out to an alert that is to be sent."""
+        return alert if inquiry is None else self._trace([alert], inquiry)[0]
+
+    def _trace(self, send: list[Alert], inquiry: Inquiry) -> list[Alert]:
+        """Add to incidents that an inquiry is about what it found out; the alerts to send then."""
+        for incident in self._incidents:
+            alert = incident.alert
+            told = alert.origin is not None or (inquiry.origin is None and alert.cause == inquiry.cause)
+            if alert.state != "open" or alert.rule not in TRACED or told or not alert.step <= inquiry.step <= alert.last_step:
+                continue
+            if inquiry.origin is None and not inquiry.cause:
+                continue
+            cause, remedy = inquiry.cause or alert.cause, inquiry.remedy or alert.remedy
+            incident.alert = replace(alert, origin=inquiry.origin, cause=cause, remedy=remedy)
+            if alert in send:
+                send[send.index(alert)] = incident.alert
+            elif inquiry.origin is not None:
+                send.append(incident.alert)
+        return send
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain Python objects and alerts."""
@@ -237,9 +261,10 @@ class Incidents:
         incident.record = history.recorded
         last = max(alert.last_step, history.recorded - 1)
         if self._is_origin(finding, alert, history):
-            cause, remedy = explain(finding, history)
             changes: dict[str, Any] = {"rule": finding.rule, "layers": finding.layers, "parameters": finding.parameters}
-            changes |= {"message": finding.message, "evidence": finding.evidence, "cause": cause, "remedy": remedy}
+            changes |= {"message": finding.message, "evidence": finding.evidence}
+            if alert.origin is None:
+                changes["cause"], changes["remedy"] = explain(finding, history)
             incident.alert = replace(alert, count=count, last_step=last, severity=finding.severity, **changes)
             return True
         if finding.rule != alert.rule:
@@ -257,7 +282,7 @@ class Incidents:
             incident.earliest = min(incident.earliest, finding.step)
             if finding.parameters != alert.parameters or finding.layers != alert.layers:
                 changes |= self._union(alert, finding, history)
-        if rises:
+        if rises and alert.origin is None:
             changes["cause"], changes["remedy"] = explain(finding, history)
         incident.alert = replace(alert, **changes)
         return rises

@@ -1,0 +1,378 @@
+"""What the update in flight was computed from, held until it closes, so that it can be run again if it goes wrong.
+
+One forward pre-hook and one forward hook on each watched model: references to what it was given, the state of the random generators and
+the versions of the inputs; and of its outputs, the gradient that came back (the *delta*), for the backward that replays it. Nothing
+is copied but the generators' state (5 KB), nothing is computed, and no graph is kept alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from time import perf_counter
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.capture import private
+from gradwatch.capture.copying import Ours
+from gradwatch.records import Inquiry
+
+LIMIT = 2**26
+"""Bytes of deltas that are held, and of inputs beyond those of the last call: 64 MB, by design."""
+
+CALLS = 64
+"""Calls that are held while no backward reaches them: what an update of many forward passes has; after an evaluation that nobody put
+under `no_grad` they are dropped, oldest first."""
+
+OUTPUTS = 64
+"""Tensors of one output that are asked for their delta."""
+
+_PLAIN = (Tensor, nn.Parameter)
+_TORCH = torch.__file__.removesuffix("__init__.py")
+_OURS = __file__.removesuffix("capture/held.py").removesuffix("capture\\held.py")
+
+# In eval mode their fused path is given up for a hook, and its bits with it.
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Call:
+    """A forward pass of a watched model.
+
+    Attributes:
+        root: number of the model.
+        model: the model.
+        args, kwargs: what it was given; where gradients flow on through that, without their graph.
+        versions: version of each tensor in them, in the order of `tensors_of`, when it began.
+        generator: state of the CPU's random generator, then.
+        generators: the same of other devices.
+        autocast: (device type, dtype) of what autocast was on, then.
+        site: file and line that called it, outside torch; ("", 0): not known.
+        nodes: output -> sequence number of the autograd node that made it, by its number among the outputs.
+        deltas: output -> the gradient with respect to it.
+        reached: a backward has gone through it.
+        dropped: some deltas were too large to be held.
+    """
+
+    root: int
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    generator: Tensor
+    generators: dict[int, Tensor] = field(default_factory=dict)
+    autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
+    site: tuple[str, int] = ("", 0)
+    nodes: dict[int, int] = field(default_factory=dict)
+    deltas: dict[int, Tensor] = field(default_factory=dict)
+    reached: bool = False
+    dropped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of its inputs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is known of an update that went wrong.
+
+    Attributes:
+        step: its number.
+        calls: the forward passes that its backward went through, or may go through.
+        roots: of the backward.
+        modules: names of modules by their ids.
+        parameters: name and tensor of each watched parameter, by its id.
+        bad: ids of the parameters whose gradient is not finite.
+        loss_is_bad: the loss is not finite.
+    """
+
+    step: int
+    calls: Sequence[Call]
+    roots: Sequence[Any]
+    modules: Mapping[int, str]
+    parameters: Mapping[int, tuple[str, Tensor]]
+    bad: frozenset[int] = frozenset()
+    loss_is_bad: bool = False
+
+
+class Ask(Protocol):
+    """Finds out why an update went wrong."""
+
+    def wants(self, by_scaler: bool, loss_is_bad: bool) -> bool:
+        """Whether there is something to be found out about an update whose loss or gradients are not finite."""
+        ...
+
+    @property
+    def armed(self) -> int:
+        """Updates that are to be traced as they run."""
+        ...
+
+    def begin(self, call: Call, case: Case) -> None:
+        """A forward pass begins, and `armed` is not 0."""
+        ...
+
+    def backward_begins(self) -> None:
+        """The outermost backward begins."""
+        ...
+
+    def was_fine(self) -> None:
+        """It has returned, and all is well."""
+        ...
+
+    def stop(self) -> None:
+        """The watch is left."""
+        ...
+
+    def before(self, case: Case) -> None:
+        """A backward is about to run whose loss is not finite; its graph still holds values."""
+        ...
+
+    def after(self, case: Case) -> Inquiry | None:
+        """A backward has left gradients that are not finite, or its loss was not."""
+        ...
+
+
+class Gate(Ours):
+    """The hooks of one watched model."""
+
+    __slots__ = ("_held", "root")
+
+    def __init__(self, held: Held, root: int) -> None:
+        self._held: Held | None = held
+        self.root = root
+
+    @private.never_a_frame
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        held = self._held
+        if held is not None and held.on and torch.is_grad_enabled():
+            held.guarded(held.entering, self.root, module, args, kwargs)
+
+    @private.never_a_frame
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        held = self._held
+        if held is not None and held.running:
+            held.guarded(held.leaving, self.root, output)
+
+
+class Held:
+    """Holds the forward passes of the update in flight.
+
+    Args:
+        here: whether this is the thread whose training is watched.
+        notice: told if it failed and was switched off.
+        begins: told of each that begins.
+
+    Attributes:
+        on: forward passes are held.
+        calls: those held, in order.
+        running: those that have not returned.
+        spent: seconds spent in its hooks.
+    """
+
+    def __init__(
+        self, here: Callable[[], bool], notice: Callable[[str], None], begins: Callable[[Call], None] = lambda call: None
+    ) -> None:
+        self._here, self._notice, self._begins = here, notice, begins
+        self.on = False
+        self.calls: list[Call] = []
+        self.running: list[Call] = []
+        self.spent = 0.0
+        self._nbytes = 0
+        self._models: list[nn.Module] = []
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While it is entered, what runs is ours."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def scan(self, models: Sequence[nn.Module]) -> None:
+        """Put hooks on the models, anew where there were some."""
+        self._take_out()
+        self._models = list(models)
+        for root, model in enumerate(models):
+            if isinstance(model, _FUSED):
+                continue
+            gate = Gate(self, root)
+            model.register_forward_pre_hook(gate.enter, with_kwargs=True)
+            model.register_forward_hook(gate.leave)
+        self.on = True
+
+    def remove(self) -> None:
+        """Take the hooks out, and let go of everything."""
+        self._take_out()
+        self.on = False
+        self.release()
+
+    def _take_out(self) -> None:
+        for model in self._models:
+            private.take_out_hooks(model, self._is_mine)
+        self._models = []
+
+    def _is_mine(self, hook: Any) -> bool:
+        gate = getattr(hook, "__self__", None)
+        return type(gate) is Gate and gate._held is self
+
+    def guarded(self, do: Callable[..., None], *args: Any) -> None:
+        """Do it inside the user's loop: what fails there ends the holding and nothing else."""
+        start = perf_counter()
+        try:
+            do(*args)
+        except Exception:
+            self.on = False
+            self.release()
+            self._notice(
+                "what a forward pass is computed from could not be held; where a NaN or an Inf is born will not be told. Please report "
+                f"this:\n{traceback.format_exc()}"
+            )
+        self.spent += perf_counter() - start
+
+    # -- a forward pass ------------------------------------------------------------------------------------------------------------
+
+    def entering(self, root: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A model is called."""
+        if not self._here() or private.in_backward() or not private.is_ordinary():
+            return
+        if self.running and private.running_calls(self.running[-1].model) > (self.running[-1].model is model):
+            return  # inside another one
+        self.running.clear()
+        tensors = list(tensors_of((args, kwargs)))
+        if any(tensor.is_meta for tensor in tensors):
+            return
+        versions = [private.version_or_zero(tensor) for tensor in tensors]
+        if any(tensor.grad_fn is not None for tensor in tensors):
+            args, kwargs = _without_graph((args, kwargs))
+        call = Call(root, model, args, kwargs, versions, torch.get_rng_state(), site=_site(sys._getframe(1)))
+        self.running.append(call)
+        kinds = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+        if not tensors or kinds:
+            kinds |= {p.device for p in model.parameters() if p.device.type != "cpu"}
+        for device in kinds:
+            if device.type == "cuda":
+                call.generators[device.index or 0] = torch.cuda.get_rng_state(device)
+        for kind in {"cpu", *(device.type for device in kinds)}:
+            if torch.is_autocast_enabled(kind):
+                call.autocast.append((kind, torch.get_autocast_dtype(kind)))
+        self._make_room()
+        self.calls.append(call)
+        self._begins(call)
+
+    def _make_room(self) -> None:
+        """Before another call: those that no backward has reached are let go, oldest first, where they are too many or too large."""
+        if not self.calls:
+            return
+        self._nbytes += self.calls[-1].nbytes
+        while self.calls and (len(self.calls) >= CALLS or self._nbytes > LIMIT):
+            self._nbytes -= self.calls.pop(0).nbytes
+
+    def leaving(self, root: int, output: Any) -> None:
+        """It has returned."""
+        call = self.running[-1]
+        if call.root != root:
+            return
+        self.running.pop()
+        ref = weakref.ref(call)
+        for number, tensor in enumerate(tensors_of(output)):
+            if number >= OUTPUTS:
+                break
+            node = tensor.grad_fn
+            if node is not None and not (tensor.is_meta or not private.is_ordinary()):
+                call.nodes[number] = private.sequence_number(node)
+                node.register_prehook(_Catch(ref, number, tensor.output_nr).take)
+
+    # -- a backward pass -----------------------------------------------------------------------------------------------------------
+
+    def reached(self) -> list[Call]:
+        """Calls through which a backward has gone since they were held."""
+        return [call for call in self.calls if call.reached]
+
+    def release(self, fine: bool = False) -> None:
+        """Let go of all calls; `fine`: of those only that a backward has gone through, for all was well."""
+        self.calls = [call for call in self.calls if not call.reached] if fine else []
+        self._nbytes = sum(call.nbytes for call in self.calls[:-1])
+        if not fine:
+            self.running.clear()
+
+
+class _Catch:
+    """Keeps what passes back through the node that made an output."""
+
+    __slots__ = ("_call", "_number", "_output")
+
+    def __init__(self, call: weakref.ref[Call], number: int, output: int) -> None:
+        self._call, self._number, self._output = call, number, output
+
+    def take(self, grads: tuple[Tensor | None, ...]) -> None:
+        call = self._call()
+        if call is None:
+            return
+        call.reached = True
+        grad = grads[self._output] if self._output < len(grads) else None
+        if grad is None or type(grad) not in _PLAIN:
+            return
+        held = sum(delta.numel() * delta.element_size() for delta in call.deltas.values())
+        if held + grad.numel() * grad.element_size() > LIMIT:
+            call.dropped = True
+        else:
+            call.deltas[self._number] = grad.detach()
+
+
+def tensors_of(thing: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Every plain floating tensor in nested tuples, lists, mappings, dataclasses and objects (a distribution), in a fixed order."""
+    if type(thing) in _PLAIN:
+        if thing.is_floating_point() or thing.is_complex():
+            yield thing
+    elif not depth or thing is None or isinstance(thing, (str, bytes, int, float, nn.Module, type)):
+        return
+    elif isinstance(thing, (tuple, list)):
+        for item in thing:
+            yield from tensors_of(item, depth - 1)
+    elif isinstance(thing, Mapping):
+        for item in thing.values():
+            yield from tensors_of(item, depth - 1)
+    elif is_dataclass(thing) or isinstance(getattr(thing, "__dict__", None), dict):
+        if callable(thing) or isinstance(thing, Tensor):
+            return
+        for item in list(vars(thing).values()):
+            yield from tensors_of(item, depth - 1)
+
+
+def _without_graph(thing: Any) -> Any:
+    """The same with tensors that have a graph replaced by leaves on the same memory; containers are made anew, objects are kept."""
+    if isinstance(thing, Tensor):
+        return thing.detach().requires_grad_(thing.requires_grad) if type(thing) in _PLAIN and thing.grad_fn is not None else thing
+    if type(thing) in (tuple, list):
+        return type(thing)(_without_graph(item) for item in thing)
+    if type(thing) is dict:
+        return {key: _without_graph(item) for key, item in thing.items()}
+    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        return type(thing)(*(_without_graph(item) for item in thing))
+    return thing
+
+
+def _site(frame: FrameType | None) -> tuple[str, int]:
+    """The innermost line outside torch and gradwatch."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _OURS)):
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return "", 0

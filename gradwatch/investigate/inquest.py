@@ -1,0 +1,146 @@
+"""When to ask why an update went wrong, and what is remembered of the answer."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable
+
+
+from gradwatch.capture import private
+from gradwatch.capture.held import Call, Case, tensors_of
+from gradwatch.capture.tape import TAPE
+from gradwatch.investigate.graph import Suspect
+from gradwatch.investigate.origin import investigate, loss_of, seen, weights
+from gradwatch.investigate.tracer import Tracer
+from gradwatch.records import TRACED, Alert, Inquiry, Severity
+
+ARMED = 10
+"""Updates that are traced as they run, after one whose origin could not be told: a fault that comes with every third batch is met, and
+one that does not come back has cost ten slow updates."""
+
+
+class Inquest:
+    """Asks once an incident; and where the answer is not complete, watches the next updates as they run.
+
+    Args:
+        alerts: the incidents so far.
+        notice: told if it failed and asks no more.
+
+    Attributes:
+        last: the last answer.
+        armed: updates that are still to be traced.
+    """
+
+    def __init__(self, alerts: Callable[[], Iterable[Alert]], notice: Callable[[str], None]) -> None:
+        self._alerts, self._notice = alerts, notice
+        self._off = False
+        self._loss_by: tuple[int, Suspect | None] = (-1, None)
+        self._tracer: Tracer | None = None
+        self.last: Inquiry | None = None
+        self.armed = 0
+
+    def wants(self, by_scaler: bool, loss_is_bad: bool) -> bool:
+        """Whether there is something to be found out; while a GradScaler searches its scale, gradients that overflow are no news."""
+        if self._off:
+            return False
+        open_ones = [
+            alert
+            for alert in self._alerts()
+            if alert.state == "open" and alert.rule in TRACED and alert.severity >= Severity.WARNING
+        ]
+        if by_scaler and not loss_is_bad:
+            return any(alert.origin is None and alert.rule == "loss_scale_collapse" for alert in open_ones)
+        if any(alert.origin is not None for alert in open_ones):
+            return False
+        first = min((alert.step for alert in open_ones), default=0)
+        return not open_ones or self._tracer is not None or self.last is None or self.last.step < first
+
+    def before(self, case: Case) -> None:
+        """Look at the graph of a loss that is not finite, while it holds values."""
+        try:
+            self._loss_by = case.step, loss_of(case)
+        except Exception:
+            self._fail()
+
+    def after(self, case: Case) -> Inquiry | None:
+        """Run the update again, and look at its graph; one that was traced as it ran is known already."""
+        step, loss_by = self._loss_by
+        self._loss_by = -1, None
+        try:
+            if self._tracer is not None:
+                answer = seen(case, self._tracer)
+                self.stop()
+                if answer is not None:
+                    self.armed = 0
+                    self.last = answer
+                return answer
+            with TAPE.deaf():
+                self.last = investigate(case, loss_by if step == case.step else None)
+            self.armed = 0 if self.last.origin is not None and self.last.origin.source else ARMED
+        except Exception:
+            self._fail()
+            return None
+        return self.last
+
+    def weights(self, case: Case) -> Inquiry | None:
+        """Weights have been found bad, before they did any harm."""
+        try:
+            self.last = weights(case) or self.last
+        except Exception:
+            self._fail()
+        return self.last
+
+    # -- the next updates ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, call: Call | None, case: Case) -> None:
+        """A forward pass begins: trace what runs from here on, if that is wanted; not within somebody else's dispatch mode.
+
+        Args:
+            call: of the forward pass.
+            case: names of modules and parameters.
+        """
+        if self._off or not self.armed:
+            return
+        try:
+            if self._tracer is None:
+                if private.watched_operators():
+                    return
+                given = [("parameter", parameter) for _, parameter in case.parameters.values()]
+                self._tracer = Tracer(case.modules, given)
+                self._tracer.__enter__()
+            if call is not None:
+                for tensor in tensors_of((call.args, call.kwargs)):
+                    self._tracer.give("input", tensor)
+                for module in call.model.modules():
+                    for buffer in module.buffers(recurse=False):
+                        self._tracer.give("buffer", buffer)
+        except Exception:
+            self._fail()
+
+    def backward_begins(self) -> None:
+        """The outermost backward begins."""
+        if self._tracer is not None:
+            self._tracer.in_backward = True
+
+    def was_fine(self) -> None:
+        """The update that was traced went well."""
+        if self._tracer is not None:
+            self.stop()
+            self.armed -= 1
+
+    def stop(self) -> None:
+        """Trace no more."""
+        tracer, self._tracer = self._tracer, None
+        if tracer is not None:
+            tracer.leave()
+
+    def _fail(self) -> None:
+        self._off = True
+        self.armed = 0
+        text = traceback.format_exc()
+        try:
+            self.stop()
+        finally:
+            self._notice(f"to look for where a NaN or an Inf was born failed, and is not tried again; please report this:\n{text}")
+
+

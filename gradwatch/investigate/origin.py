@@ -1,0 +1,250 @@
+"""Where a non-finite value was born: the module, the operator, the pass and the line, from what is held of the update in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gradwatch.capture.held import Call, Case
+from gradwatch.investigate import graph, mend, telling
+from gradwatch.investigate.replay import NotReplayable, Outcome, replay
+from gradwatch.investigate.tracer import Event, Tracer, address, look
+from gradwatch.records import Inquiry, Origin
+
+REPLAYS = 4
+"""Calls of one update that are run again: the price of an incident is at most four updates, by design."""
+
+
+def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
+    """Find out what there is to be found out.
+
+    Args:
+        case: what is known.
+        loss_by: what the graph showed of a loss that is not finite, before the backward (`loss_of`).
+    """
+    outcomes: list[tuple[Call, Outcome]] = []
+    refused = failed = ""
+    given: Inquiry | None = None
+    # Backwards go from the last call to the first: one that was given a good gradient and made a bad one is the place.
+    calls = sorted(case.calls, key=lambda call: any(look(delta) for delta in call.deltas.values()))[:REPLAYS]
+    for call in calls:
+        try:
+            outcome = replay(call, case.modules)
+        except NotReplayable as why:
+            refused = str(why)
+            continue
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        outcomes.append((call, outcome))
+        found = _inside(case, call, outcome)
+        if found is not None and found.origin is not None and found.origin.phase == "input" and len(calls) > 1:
+            given = given or found  # it may have been put out by another of these calls
+        elif found is not None:
+            return found
+    if given is not None:
+        return given
+    found = _weights(case)
+    if found is not None:
+        return found
+    found = _outside(case, outcomes, loss_by)
+    if found is not None:
+        return found
+    return _nothing(case, outcomes, refused, failed)
+
+
+def weights(case: Case) -> Inquiry | None:
+    """What weights and buffers hold that is not finite; None for nothing."""
+    return _weights(case)
+
+
+def seen(case: Case, tracer: Tracer) -> Inquiry | None:
+    """What is known of an update that was traced as it ran; None: nothing, or no more than that the weights were bad already."""
+    events = [tracer.event_of(root) for root in case.roots if isinstance(root, Tensor)] if case.loss_is_bad else []
+    found = [event for event in events if event is not None and not event.root.meant]
+    backward = not found
+    if backward:
+        grads = [parameter.grad for key, (_, parameter) in case.parameters.items() if key in case.bad and parameter.grad is not None]
+        found = [event for grad in grads if (event := tracer.event_of(grad)) is not None]
+    if not found:
+        return None
+    event = min(found, key=lambda one: one.root.number)
+    if event.root.given:
+        return None
+    return _described(case, None, event, backward)
+
+
+# -- inside the model --------------------------------------------------------------------------------------------------------------
+
+
+def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
+    events = [event for event in outcome.outputs if not event.root.meant]
+    backward = not events
+    if backward:
+        events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(case, outcome) else []
+    if not events:
+        return None
+    event = min(events, key=lambda one: one.root.number)
+    root = event.root
+    if root.given in ("parameter", "buffer"):
+        return _weight(case, root) or _described(case, call, event, backward)
+    if root.given == "input":
+        return _input(case, call, outcome, root)
+    return _described(case, call, event, backward)
+
+
+def _came_bad(case: Case, outcome: Outcome) -> bool:
+    """All that is bad in the gradients came with the delta."""
+    return outcome.bad_deltas and all(event.root.given == "delta" for event in outcome.gradients)
+
+
+def _described(case: Case, call: Call | None, event: Event, backward: bool) -> Inquiry:
+    root = event.root
+    place = root.place
+    file, line = (place.file, place.line) if place.file or call is None else call.site
+    source = f"{Path(file).name}:{line}" if file else ""
+    module = case.modules.get(place.module, "")
+    origin = Origin(module, telling.operator(root.op), "backward" if backward else "forward", source)
+    cause = telling.cause(event, origin, case.modules)
+    remedy = telling.remedy(root, backward)
+    diff = mend.mend(file, line, root.op, backward) if file else None
+    outputs = {}
+    if not backward and call is not None:
+        outputs = {name: float(max(1, root.elements)) for name in dict.fromkeys((module, _root_name(case, call)))}
+    return Inquiry(case.step, origin, cause, _with(remedy, diff), outputs, 0.0)
+
+
+def _with(remedy: str, diff: str | None) -> str:
+    return f"{remedy}\n{diff}" if diff else remedy
+
+
+def _root_name(case: Case, call: Call) -> str:
+    return case.modules.get(id(call.model), "")
+
+
+def _input(case: Case, call: Call, outcome: Outcome, root: Event) -> Inquiry:
+    assert root.tensor is not None
+    name = outcome.paths.get(address(root.tensor), "")
+    what, count = telling.rows(root.tensor)
+    label = f"The input `{name}`" if name else "The input"
+    cause = f"{label} of {_root_name(case, call) or 'the model'} holds {what} in the batch of step {case.step}."
+    remedy = "Look at these rows where the batch is made (torch.isfinite(x).all()), and mend the data or its normalisation."
+    return Inquiry(case.step, Origin(_root_name(case, call), "", "input"), cause, remedy, inputs=float(count))
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------------------
+
+
+def _weight(case: Case, root: Event) -> Inquiry | None:
+    assert root.tensor is not None
+    where = address(root.tensor)
+    for name, parameter in case.parameters.values():
+        if address(parameter) == where:
+            return _bad_weight(case, name, parameter)
+    return None
+
+
+def _weights(case: Case) -> Inquiry | None:
+    for name, parameter in case.parameters.values():
+        if look(parameter):
+            return _bad_weight(case, name, parameter)
+    for call in case.calls:
+        for module in call.model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                held = look(buffer)
+                if held.nan:
+                    layer = case.modules.get(id(module), "")
+                    return _bad_weight(case, f"{layer}.{key}" if layer else key, buffer, kind="buffer")
+    return None
+
+
+def _bad_weight(case: Case, name: str, tensor: Tensor, kind: str = "weight") -> Inquiry:
+    what, _ = telling.rows(tensor)
+    since = "before the first step: uninitialised memory (torch.empty) or what was loaded" if case.step == 0 else "before this step"
+    cause = f"The {kind} {name} held {what} {since}."
+    remedy = (
+        "Initialise it (torch.nn.init), or check what was loaded into it."
+        if case.step == 0
+        else "Go back to a checkpoint from before that update; check the step before it, its learning rate and what else writes to it."
+    )
+    return Inquiry(case.step, Origin(name.rpartition(".")[0], "", "weight"), cause, remedy)
+
+
+# -- outside the model -------------------------------------------------------------------------------------------------------------
+
+
+def loss_of(case: Case) -> graph.Suspect | None:
+    """Before a backward whose loss is not finite: what the graph shows of it."""
+    outputs = boundary(case.calls)
+    return graph.born(graph.outside(case.roots, outputs, frozenset(case.parameters)), outputs)
+
+
+def boundary(calls: Sequence[Call]) -> frozenset[int]:
+    """Sequence numbers of the autograd nodes that made the outputs of these calls."""
+    return frozenset(number for call in calls for number in call.nodes.values() if number >= 0)
+
+
+def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: graph.Suspect | None) -> Inquiry | None:
+    if not case.calls:
+        return None
+    if case.loss_is_bad and loss_by is not None:
+        return _suspected(case, [loss_by])
+    part = graph.outside(case.roots, boundary(case.calls), frozenset(case.parameters))
+    bad: set[Any] = {
+        number for call in case.calls for i, number in call.nodes.items() if i in call.deltas and look(call.deltas[i])
+    }
+    if not bad:
+        private = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
+        bad = set(private)
+    if not bad:
+        fine = case.loss_is_bad and outcomes and not any(outcome.outputs for _, outcome in outcomes)
+        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if fine else None
+    return _suspected(case, graph.suspects(part, bad))
+
+
+def _suspected(case: Case, found: Sequence[graph.Suspect]) -> Inquiry | None:
+    ops = list(dict.fromkeys(suspect.op for suspect in found))
+    if len(ops) == 1:
+        suspect = found[0]
+        op = telling.operator(ops[0])
+        phase = "input" if suspect.given else "forward" if case.loss_is_bad else "backward"
+        if suspect.given and suspect.values is not None:
+            what, _ = telling.rows(suspect.values)
+            cause = f"The {suspect.given} given to {op} in the loss holds {what} in the batch of step {case.step}."
+            remedy = "Look at these rows where the batch is made (torch.isfinite(y).all())."
+        else:
+            cause = telling.outside(op, case.loss_is_bad)
+            remedy = telling.remedy_of(ops[0], backward=not case.loss_is_bad)
+        return Inquiry(case.step, Origin("", op, phase), cause, remedy)  # type: ignore[arg-type]
+    if not ops:
+        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN)
+    names = ", ".join(telling.operator(op) for op in ops[:4])
+    cause = f"It was born outside the model, in the loss: one of {names}."
+    return Inquiry(case.step, None, cause, f"Guard these (eps inside, a clamp before). {telling.AGAIN}")
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------------------
+
+
+def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str, failed: str) -> Inquiry:
+    ran = [outcome for _, outcome in outcomes if outcome.backward or case.loss_is_bad]
+    if refused:
+        return Inquiry(case.step, None, f"The model was not run again: {refused}.")
+    if failed:
+        return Inquiry(case.step, None, f"The model could not be run again ({failed}).")
+    if not ran or any(outcome.bad_deltas for outcome in ran):
+        return Inquiry(case.step)
+    changed = [what for call, _ in outcomes for what in telling.changed_inputs(call)]
+    if changed:
+        return Inquiry(case.step, None, f"Not reproduced: {', '.join(changed[:3])} was changed in place after the model was given it.")
+    hidden = [name for _, outcome in outcomes for name in outcome.changed]
+    if hidden:
+        return Inquiry(case.step, None, f"Not reproduced: the model keeps state between forward passes ({', '.join(hidden[:3])}).")
+    draws = [name for _, outcome in outcomes for name in outcome.draws]
+    if draws:
+        return Inquiry(case.step, None, f"Not reproduced: the forward pass draws from {' and '.join(dict.fromkeys(draws))}, whose state is not kept.")
+    return Inquiry(case.step, None, "Not reproduced when the update was run again: suspect nondeterminism or hardware.")
+

@@ -1,0 +1,166 @@
+"""What was found out, in words: short, plain, with the numbers that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradwatch.capture import private
+from gradwatch.capture.held import Call
+from gradwatch.investigate.replay import named_tensors, tensors_of
+from gradwatch.investigate.tracer import Event
+from gradwatch.records import Origin
+
+_ROWS = 5
+"""Rows that are named, the first ones."""
+
+
+def operator(op: str) -> str:
+    """The forward operator as "aten::name": "_softmax" and "_to_copy" are what users know as softmax and to."""
+    if not op or "::" in op:
+        return op
+    plain = {"_to_copy": "to", "_unsafe_view": "view"}.get(op, op.lstrip("_") if op.startswith("_") else op)
+    return f"aten::{plain}"
+
+
+def cause(event: Event, origin: Origin, modules: Mapping[int, str]) -> str:
+    """Why, in a sentence.
+
+    Args:
+        event: what was bad in the end.
+        origin: where it began.
+        modules: names of modules by their ids.
+    """
+    root, made = event.root, event.made_nan
+    at = f" at {origin.source}" if origin.source else ""
+    in_module = f" in {origin.module}" if origin.module else ""
+    what = "NaN" if root.bad.nan else "Inf"
+    if root.backward and root.own:
+        text = f"{origin.op}{in_module}{at} makes {what} of finite numbers in a backward pass of your own"
+    elif root.backward:
+        text = f"The derivative of {origin.op}{in_module}{at} is {what} while all that the loss depends on is finite"
+        saved = root.saved
+        if saved is not None and saved.place.source and saved.place.source != origin.source:
+            text += f", for {operator(saved.op)} at {saved.place.source} made {'NaN' if saved.bad.nan else 'Inf'} of what it was given"
+    else:
+        text = f"{_value(root, origin.op)} gives {what}{in_module}{at}"
+    if root.elements:
+        first = f", the first at {list(root.where)}" if root.where else ""
+        text += f" ({root.elements} element{'s' if root.elements > 1 else ''}{first})"
+    if made is not None and made is not root and not root.bad.nan and made.place.source:
+        text += f"; {operator(made.op)} at {made.place.source} makes NaN of it"
+    return text + "."
+
+
+def _value(root: Event, op: str) -> str:
+    """What an operator did to finite numbers."""
+    facts = root.facts
+    name = root.op.strip("_")
+    low, high = (facts[0][0], facts[0][1]) if facts else (float("nan"), float("nan"))
+    if name in ("log", "log2", "log10", "sqrt", "rsqrt", "log1p", "lgamma", "digamma", "xlogy") and facts:
+        return f"{op} of {_short(low)}"
+    if name in ("acos", "asin", "acosh", "atanh", "erfinv", "logit") and facts:
+        return f"{op} of numbers from {_short(low)} to {_short(high)}"
+    if name in ("exp", "exp2", "expm1", "sinh", "cosh") and facts:
+        return f"{op} of {_short(high)}"
+    if name in ("div", "reciprocal", "true_divide"):
+        divisor = facts[-1] if facts else None
+        if divisor is not None and divisor[0] <= 0 <= divisor[1]:
+            return f"{op} by 0"
+        return f"{op}" if divisor is None else f"{op} by {_short(min(divisor[:2], key=abs))}"
+    if name == "to_copy" and facts:
+        return f"{op}, of {_short(max(abs(low), abs(high)))}, which its dtype does not hold,"
+    if "softmax" in name or "attention" in name:
+        return f"{op} over a row that is -Inf throughout"
+    if name in ("var", "std", "var_mean", "std_mean") and facts:
+        return f"{op} of {facts[0][2]} number{'s' if facts[0][2] != 1 else ''}"
+    if name == "empty":
+        return "memory that nobody has written (torch.empty)"
+    if name == "mul" and not facts:
+        return f"{op}, 0 times Inf,"
+    if facts:
+        largest = max(max(abs(fact[0]), abs(fact[1])) for fact in facts)
+        if largest >= 1e4:
+            return f"{op} of numbers up to {_short(largest)}"
+    return f"{op} of finite numbers"
+
+
+BORN_OUTSIDE = "It was born outside the model, in the loss: what the model puts out is finite."
+AGAIN = 'The line is told if it happens again while the weights are good: on_nonfinite="skip" keeps them so.'
+
+
+def outside(op: str, loss_is_bad: bool) -> str:
+    """Of an operator in the loss."""
+    if loss_is_bad:
+        return f"{op} in the loss, outside the model, makes it not finite; what the model puts out is."
+    return f"The derivative of {op} in the loss, outside the model, is not finite; the loss itself is."
+
+
+def remedy(root: Event, backward: bool) -> str:
+    """What to try."""
+    return remedy_of(root.op, backward)
+
+
+def remedy_of(op: str, backward: bool) -> str:
+    """What to try about an operator."""
+    name = op.strip("_")
+    if name in _REMEDIES:
+        return _REMEDIES[name]
+    if "softmax" in name or "attention" in name:
+        return "Let every row attend to something: unmask one place of a row that is masked throughout, or set its output to 0."
+    if backward:
+        return "Select safe inputs before the operator, not its output behind it, and add an eps inside roots and norms."
+    return "Guard the operator (an eps, a clamp before it), or keep that part in float32."
+
+
+_DOMAIN = "Keep its input inside the open interval (-1, 1): clamp it by 1e-6 on both sides."
+_LOG = "Keep its input above 0: clamp_min(1e-8), or use log_softmax, logsigmoid or log1p where they fit."
+_ROOT = "Add a small eps inside the root (1e-8): its derivative at 0 is infinite."
+_EXP = "Bound its input (clamp(max=80) in float32, 10 in float16), or subtract the maximum first."
+_REMEDIES = {
+    **dict.fromkeys(("log", "log2", "log10", "xlogy"), _LOG),
+    **dict.fromkeys(("acos", "asin", "atanh", "acosh", "erfinv"), _DOMAIN),
+    **dict.fromkeys(("sqrt", "rsqrt", "pow"), _ROOT),
+    **dict.fromkeys(("exp", "exp2", "expm1", "sinh", "cosh"), _EXP),
+    **dict.fromkeys(("div", "reciprocal"), "Keep the divisor away from 0: add an eps, or clamp_min(1e-8) where it cannot be negative."),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), "Give it more than one number, or use correction=0; add an eps before dividing by it."),
+    "empty": "Write to it before it is read: torch.zeros, or an initialisation (torch.nn.init).",
+    "to_copy": "Use bfloat16, or keep that part in float32.",
+    "ctc_loss": "Use zero_infinity=True, and check that no target is longer than its input.",
+}
+
+
+def rows(tensor: Tensor) -> tuple[str, int]:
+    """What is bad in a tensor: "NaN in 2 of 64 rows (3, 17)", and how many elements."""
+    with torch.no_grad():
+        values = tensor.detach()
+        if values.layout is not torch.strided:
+            values = private.sparse_values(values)
+        wrong = ~torch.isfinite(values)
+        count = int(wrong.sum())
+        what = " and ".join(name for name, mask in (("NaN", torch.isnan(values)), ("Inf", torch.isinf(values))) if bool(mask.any()))
+        if wrong.dim() < 2 or not count:
+            where = wrong.nonzero().flatten().tolist() if wrong.dim() else []
+            of = f"{count} of {wrong.numel()} elements" if wrong.dim() else "it"
+        else:
+            where = wrong.flatten(1).any(dim=1).nonzero().flatten().tolist()
+            of = f"{len(where)} of {len(wrong)} rows"
+        named = ", ".join(map(str, where[:_ROWS])) + (", ..." if len(where) > _ROWS else "")
+        return f"{what} in {of}" + (f" ({named})" if where else ""), count
+
+
+def changed_inputs(call: Call) -> list[str]:
+    """Names of the inputs that were changed in place since the model was given them."""
+    names = {id(tensor): name for name, tensor in named_tensors(call.model, call.args, call.kwargs)}
+    now = list(tensors_of((call.args, call.kwargs)))
+    return [
+        f"the input `{names.get(id(tensor), '')}`"
+        for tensor, version in zip(now, call.versions, strict=False)
+        if private.version_or_zero(tensor) != version
+    ]
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}"
