@@ -144,7 +144,14 @@ class Origin:
 
 
 TRACED = frozenset(
-    {"non_finite_input", "non_finite_weight", "non_finite_activation", "non_finite_loss", "non_finite_gradient", "loss_scale_collapse"}
+    {
+        "non_finite_input",
+        "non_finite_weight",
+        "non_finite_activation",
+        "non_finite_loss",
+        "non_finite_gradient",
+        "loss_scale_collapse",
+    }
 )
 """Rules whose incidents have an origin."""
 

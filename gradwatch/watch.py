@@ -86,8 +86,9 @@ class GradWatch:
             running mean is NaN for ever after one NaN). None: those of at most 262,144 elements, for a copy an update.
         origin: whether a loss or a gradient that is not finite is traced to the operator and the line where the value was born. For that
             references to the inputs of the update in flight are held, the state of the random generators and the gradient at the model's
-            outputs (up to 64 MB); when something goes wrong, the forward and the backward pass run once more before the step, on stand-ins. None: where
-            nobody has to wait for a device for it; True: there, too, once an update; False: nothing is held and nothing is run.
+            outputs (up to 64 MB); when something goes wrong, the forward and the backward pass run once more before the step, on
+            stand-ins. None: where nobody has to wait for a device for it; True: there, too, once an update; False: nothing is held and
+            nothing is run.
         rules: functions `History -> Iterable[Finding]`; None: `default_rules()`; (): none.
         on_alert: called with each `Alert` that opens, is traced to its origin, grows worse or ends; one callable or several.
         on_step: called with the `StepRecord` of each closed update; one callable or several.

@@ -532,7 +532,7 @@ def test_one_factor_meets_the_bound_and_keeps_the_direction(values: list[Tensor]
         assert [p.grad._version for p in params] == versions, "no pass over the gradients"  # type: ignore[union-attr]
         assert all(same_bits(one, other) for one, other in zip(after, values, strict=True))
     elif before >= bound * (1 + 1e-5):
-        assert factor == pytest.approx(bound / before, rel=2e-5)
+        assert factor == pytest.approx(bound / before, rel=2e-5 + 1e-6 / before)  # the 1e-6 that torch adds to the norm
     for one, other in zip(after, values, strict=True):
         eps, spacing = roundings(other)
         np.testing.assert_allclose(wide(one), wide(other) * factor, rtol=2 * eps + 1e-6, atol=2 * spacing)

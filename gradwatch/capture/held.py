@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from time import perf_counter
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -187,7 +187,9 @@ class Held:
     def __init__(
         self, here: Callable[[], bool], notice: Callable[[str], None], begins: Callable[[Call], None] = lambda call: None
     ) -> None:
-        self._here, self._notice, self._begins = here, notice, begins
+        self._here, self._notice = here, notice
+        # Who is told holds this: without a cycle the model is freed as soon as the user lets go of it.
+        self._begins = weakref.WeakMethod(begins) if isinstance(begins, MethodType) else lambda: begins
         self.on = False
         self.calls: list[Call] = []
         self.running: list[Call] = []
@@ -273,7 +275,9 @@ class Held:
                 call.autocast.append((kind, torch.get_autocast_dtype(kind)))
         self._make_room()
         self.calls.append(call)
-        self._begins(call)
+        begins = self._begins()
+        if begins is not None:
+            begins(call)
 
     def _make_room(self) -> None:
         """Before another call: those that no backward has reached are let go, oldest first, where they are too many or too large."""

@@ -58,7 +58,9 @@ def current_node() -> Any:
 def operator_names() -> dict[str, str]:
     """Names of torch's operators by the same without underscores, in small letters: what an autograd node is called after."""
     try:
-        names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
+        names = {
+            name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")
+        }
     except AttributeError:
         return {}
     # The shorter one last: `softmax` rather than `_softmax`.

@@ -38,8 +38,34 @@ again (`ABSORBS`): the derivative of what was taken out is 0 times Inf."""
 
 ABSORBS = frozenset(
     {
-        *("where", "masked_fill", "masked_scatter", "masked_select", "index", "nan_to_num", "clamp", "clamp_min", "clamp_max", "minimum"),
-        *("maximum", "min", "max", "gather", "select", "slice", "topk", "threshold", "relu", "sigmoid", "tanh", "exp", "erf", "atan"),
+        *(
+            "where",
+            "masked_fill",
+            "masked_scatter",
+            "masked_select",
+            "index",
+            "nan_to_num",
+            "clamp",
+            "clamp_min",
+            "clamp_max",
+            "minimum",
+        ),
+        *(
+            "maximum",
+            "min",
+            "max",
+            "gather",
+            "select",
+            "slice",
+            "topk",
+            "threshold",
+            "relu",
+            "sigmoid",
+            "tanh",
+            "exp",
+            "erf",
+            "atan",
+        ),
         *("reciprocal", "div", "softmax", "log_softmax", "logsumexp", "amin", "amax", "hardtanh", "narrow", "index_select"),
     }
 )
@@ -129,9 +155,11 @@ def suspects(part: Outside, bad: Collection[Any]) -> list[Suspect]:
         if not part.leads.get(node, frozenset()) & set(bad):
             continue
         op = of_node(type(node).__name__)
-        if hasattr(node, "_forward_cls") or (op in SINGULAR and not _is_tame(node, op)):
-            found.append(Suspect(op, node))
-        elif op in LEAVES_DOMAIN and not _is_tame(node, op) and _absorbed(part, node):
+        if (
+            hasattr(node, "_forward_cls")
+            or (op in SINGULAR and not _is_tame(node, op))
+            or (op in LEAVES_DOMAIN and not _is_tame(node, op) and _absorbed(part, node))
+        ):
             found.append(Suspect(op, node))
     return found
 
@@ -168,7 +196,9 @@ def born(part: Outside, outputs: Collection[int]) -> Suspect | None:
             if value is not None and look(value) and _is_constant(node, key):
                 return Suspect(op, node, given=key, values=value)
         if not all(_is_fine(below, fine) for below, _ in node.next_functions):
-            if any(below is not None and fine.get(below) is False and _is_output(below, outputs) for below, _ in node.next_functions):
+            if any(
+                below is not None and fine.get(below) is False and _is_output(below, outputs) for below, _ in node.next_functions
+            ):
                 return None  # the model put it out
             continue
         if fine.get(node) is False:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable
 
-
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, Case, tensors_of
 from gradwatch.capture.tape import TAPE
@@ -107,7 +106,7 @@ class Inquest:
                     return
                 given = [("parameter", parameter) for _, parameter in case.parameters.values()]
                 self._tracer = Tracer(case.modules, given)
-                self._tracer.__enter__()
+                self._tracer.__enter__()  # type: ignore[no-untyped-call]
             if call is not None:
                 for tensor in tensors_of((call.args, call.kwargs)):
                     self._tracer.give("input", tensor)
@@ -142,5 +141,3 @@ class Inquest:
             self.stop()
         finally:
             self._notice(f"to look for where a NaN or an Inf was born failed, and is not tried again; please report this:\n{text}")
-
-

@@ -1,8 +1,319 @@
-"""The smallest mend of a line of the user's code, as a diff."""
+"""The smallest mend of a line of the user's code, as a diff: only where the line is found and holds the operator, and once.
+
+What is written there is read with `ast`; of the line everything is kept but the operator's argument. Nothing is invented: where two
+places of the line could be meant, or none, there is no mend.
+"""
 
 from __future__ import annotations
 
+import ast
+import linecache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
-def mend(file: str, line: int, op: str, backward: bool) -> str | None:
-    """A diff of the line, or None where no mend is known."""
+EPS = "1e-8"
+"""What is added below roots and logs: above float32's smallest normal number by 30 decades and below what a loss would notice."""
+
+_LONGEST = 20
+"""Lines of a statement that is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """What is known of the operator.
+
+    Attributes:
+        op: its name without "aten::".
+        backward: it is its derivative that is bad.
+        low: smallest number of its last input that is a tensor; NaN: not known.
+        tensors: how many tensors it was given.
+    """
+
+    op: str
+    backward: bool = False
+    low: float = float("nan")
+    tensors: int = 1
+
+
+class Mend(NamedTuple):
+    """A mend.
+
+    Attributes:
+        diff: lines that begin with "- " and "+ "; "" for none.
+        trap: the operator stands in a branch of a `torch.where`, and the diff is the double `where`.
+    """
+
+    diff: str = ""
+    trap: bool = False
+
+
+NONE = Mend()
+
+
+def mend(file: str, line: int, culprit: Culprit) -> Mend:
+    """The smallest mend of a line."""
+    found = _statement(file, line)
+    if found is None:
+        return NONE
+    source, first, tree = found
+    make = _MENDS.get(culprit.op.strip("_"))
+    if make is None:
+        return NONE
+    edits = [edit for node in _on_line(tree, line - first + 1) for edit in make(node, culprit, source)]
+    traps = _trap(tree, culprit, source) if culprit.backward else []
+    edits = list(dict.fromkeys(traps or edits))
+    diff = _diff(source, edits[0]) if len(edits) == 1 else None
+    return Mend(diff, bool(traps)) if diff else NONE
+
+
+def line_of(file: str, line: int) -> str:
+    """A line as it stands, "" where it is not to be had."""
+    return linecache.getline(file, line).strip()
+
+
+def removal(file: str, line: int, names: tuple[str, ...]) -> str | None:
+    """A diff that takes a call out: `F.softmax(x, dim=1)` becomes `x`, `x.detach()` becomes `x`."""
+    found = _statement(file, line)
+    if found is None:
+        return None
+    source, first, tree = found
+    edits = []
+    for node in _on_line(tree, line - first + 1):
+        if isinstance(node, ast.Call) and _called(node) in names:
+            inner = _subject(node)
+            if inner is not None:
+                edits.append(Edit(_span(node), _text(source, inner)))
+        elif isinstance(node, ast.Attribute) and node.attr in names and "data" in names:
+            edits.append(Edit(_span(node), _text(source, node.value)))
+    return _diff(source, edits[0]) if len(edits) == 1 else None
+
+
+# -- the source --------------------------------------------------------------------------------------------------------------------
+
+Span = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What stands in a span of the source, counted from 1, (first line, column, last line, column), becomes something else."""
+
+    span: Span
+    text: str
+
+
+def _statement(file: str, line: int) -> tuple[list[str], int, ast.AST] | None:
+    """The lines of the smallest statement around a line, the number of the first of them, and its tree."""
+    lines = linecache.getlines(file)
+    try:
+        tree = ast.parse("".join(lines))
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    best: ast.stmt | None = None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            if best is None or node.lineno >= best.lineno:
+                best = node
+    if best is None or (best.end_lineno or best.lineno) - best.lineno >= _LONGEST or hasattr(best, "body"):
+        return None
+    first = best.lineno
+    chosen = lines[first - 1 : best.end_lineno]
+    ast.increment_lineno(best, 1 - first)
+    return [text.rstrip("\n") for text in chosen], first, best
+
+
+def _on_line(tree: ast.AST, line: int) -> Iterator[ast.expr]:
+    """Expressions of a statement that reach over a line of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.expr) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            yield node
+
+
+def _span(node: ast.expr) -> Span:
+    return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+
+
+def _text(source: list[str], node: ast.expr) -> str:
+    return ast.get_source_segment("\n".join(source), node) or ast.unparse(node)
+
+
+def _diff(source: list[str], edit: Edit) -> str | None:
+    """The lines that change, before and after."""
+    first, start, last, end = edit.span
+    before = source[first - 1 : last]
+    # Columns count bytes.
+    head, tail = before[0].encode()[:start].decode(), before[-1].encode()[end:].decode()
+    after = (head + edit.text + tail).split("\n")
+    if before == after:
+        return None
+    indent = min(len(text) - len(text.lstrip()) for text in (*before, *after) if text.strip())
+    return "\n".join([f"- {text[indent:]}" for text in before] + [f"+ {text[indent:]}" for text in after])
+
+
+# -- what is called ----------------------------------------------------------------------------------------------------------------
+
+
+def _called(node: ast.Call) -> str:
+    """The last name of what is called: "log" of `torch.log(x)` and of `x.log()`."""
+    function = node.func
+    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+
+
+_PACKAGES = frozenset({"torch", "F", "functional", "nn", "special", "linalg", "math", "np", "numpy"})
+
+
+def _subject(node: ast.Call) -> ast.expr | None:
+    """What an operator is called on: the first argument of a function, the object of a method."""
+    function = node.func
+    if isinstance(function, ast.Attribute) and not _is_package(function.value):
+        return function.value
+    if node.args and not isinstance(node.args[0], ast.Starred):
+        return node.args[0]
     return None
+
+
+def _is_package(node: ast.expr) -> bool:
+    return (isinstance(node, ast.Name) and node.id in _PACKAGES) or (isinstance(node, ast.Attribute) and node.attr in _PACKAGES)
+
+
+def _is_method(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Attribute) and not _is_package(node.func.value)
+
+
+def _closed(text: str, node: ast.expr) -> str:
+    """In parentheses where something can be called on it only then."""
+    simple = (ast.Name, ast.Attribute, ast.Call, ast.Subscript)
+    return text if isinstance(node, simple) or text.startswith("(") else f"({text})"
+
+
+# -- mends -------------------------------------------------------------------------------------------------------------------------
+
+_Make = Callable[[ast.expr, Culprit, list[str]], Iterator[Edit]]
+
+
+def _argument(names: tuple[str, ...], new: Callable[[str, ast.expr, bool, Culprit], str]) -> _Make:
+    """A mend of the argument of a call."""
+
+    def make(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+        if isinstance(node, ast.Call) and _called(node) in names:
+            inner = _subject(node)
+            if inner is not None:
+                yield Edit(_span(inner), new(_text(source, inner), inner, _is_method(node), culprit))
+
+    return make
+
+
+def _clamped(limits: str) -> Callable[[str, ast.expr, bool, Culprit], str]:
+    return lambda text, node, method, culprit: f"{_closed(text, node)}.{limits}"
+
+
+def _plus_eps(text: str, node: ast.expr, method: bool, culprit: Culprit) -> str:
+    if not culprit.backward and culprit.low < 0:
+        return f"{_closed(text, node)}.clamp_min({EPS})"
+    low = isinstance(node, (ast.Compare, ast.BoolOp, ast.IfExp, ast.Lambda))
+    added = f"{f'({text})' if low else text} + {EPS}"
+    return f"({added})" if method else added
+
+
+def _root(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    yield from _argument(("sqrt", "sqrt_", "rsqrt", "pow"), _plus_eps)(node, culprit, source)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        inner = node.left
+        text = _text(source, inner)
+        yield Edit(_span(inner), f"({text} + {EPS})" if not text.startswith("(") else f"({text[1:-1]} + {EPS})")
+
+
+def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    divisor: ast.expr | None = None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        divisor = node.right
+    elif isinstance(node, ast.Call) and _called(node) in ("div", "div_", "true_divide"):
+        arguments = node.args[0 if _is_method(node) else 1 :]
+        divisor = arguments[0] if arguments else None
+    if divisor is None:
+        return
+    text = _text(source, divisor)
+    if culprit.tensors < 2:
+        if not isinstance(divisor, ast.Constant):
+            yield Edit(_span(divisor), f"max({text}, {EPS})")
+    elif culprit.low >= 0:
+        yield Edit(_span(divisor), f"{_closed(text, divisor)}.clamp_min({EPS})")
+
+
+def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    if isinstance(node, ast.Call) and _called(node) in ("var", "std", "var_mean", "std_mean"):
+        if {keyword.arg for keyword in node.keywords} & {"unbiased", "correction"}:
+            return
+        text = _text(source, node)
+        yield Edit(_span(node), f"{text[:-1]}{', ' if node.args or node.keywords else ''}correction=0)")
+
+
+def _to_half(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    if isinstance(node, ast.Call) and _called(node) == "half" and isinstance(node.func, ast.Attribute):
+        yield Edit(_span(node), f"{_text(source, node.func.value)}.bfloat16()")
+    if isinstance(node, ast.Attribute) and node.attr in ("float16", "half") and isinstance(node.value, ast.Name):
+        if node.value.id == "torch":
+            yield Edit(_span(node), "torch.bfloat16")
+
+
+def _mask(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    """A mask of -inf becomes one of the lowest number: a row that is masked throughout is then uniform, and no NaN."""
+    if not (isinstance(node, ast.Call) and _called(node) in ("masked_fill", "masked_fill_") and len(node.args) >= 2):
+        return
+    value, masked = node.args[-1], _subject(node)
+    if ast.unparse(value).replace(" ", "") not in _MINUS_INF or masked is None:
+        return
+    text = _text(source, masked)
+    if isinstance(masked, (ast.Name, ast.Attribute)):
+        yield Edit(_span(value), f"torch.finfo({text}.dtype).min")
+
+
+_MINUS_INF = frozenset({"float('-inf')", "-torch.inf", "-math.inf", "-np.inf", "-float('inf')", "-numpy.inf", "float('-Inf')"})
+
+
+def _ctc(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    if isinstance(node, ast.Call) and _called(node) == "ctc_loss" and "zero_infinity" not in {word.arg for word in node.keywords}:
+        yield Edit(_span(node), f"{_text(source, node)[:-1]}, zero_infinity=True)")
+
+
+def _trap(tree: ast.AST, culprit: Culprit, source: list[str]) -> list[Edit]:
+    """Where the operator stands in a branch of `torch.where`, its input is to be chosen before it, too: the double `where`."""
+    traps: list[Edit] = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and _called(node) == "where" and len(node.args) == 3 and not _is_method(node)):
+            continue
+        condition = _text(source, node.args[0])
+        for number, branch in enumerate(node.args[1:]):
+            for inner in ast.walk(branch):
+                argument = _argument_of(inner, culprit)
+                if argument is None:
+                    continue
+                text = _text(source, argument)
+                chosen = (text, "1.0") if number == 0 else ("1.0", text)
+                traps.append(Edit(_span(argument), f"torch.where({condition}, {', '.join(chosen)})"))
+    return traps
+
+
+def _argument_of(node: ast.AST, culprit: Culprit) -> ast.expr | None:
+    """The argument of an operator that leaves its domain, where a node is a call of it."""
+    op = culprit.op.strip("_")
+    if isinstance(node, ast.Call) and _called(node) == op:
+        return _subject(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and op == "div":
+        return node.right
+    return None
+
+
+_UNIT = "clamp(-1 + 1e-6, 1 - 1e-6)"
+_MENDS: dict[str, _Make] = {
+    **{op: _argument((op, f"{op}_"), _clamped(f"clamp_min({EPS})")) for op in ("log", "log2", "log10")},
+    "log1p": _argument(("log1p",), _clamped("clamp_min(-1 + 1e-6)")),
+    **{op: _argument((op, f"{op}_", f"arc{op[1:]}"), _clamped(_UNIT)) for op in ("acos", "asin", "atanh")},
+    **{op: _argument((op, f"{op}_"), _clamped("clamp(max=80)")) for op in ("exp", "expm1", "exp2", "sinh", "cosh")},
+    **dict.fromkeys(("sqrt", "rsqrt", "pow"), _root),
+    **dict.fromkeys(("div", "reciprocal", "true_divide"), _division),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _variance),
+    "to_copy": _to_half,
+    **dict.fromkeys(("softmax", "safe_softmax"), _mask),
+    "ctc_loss": _ctc,
+}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradwatch.capture.held import Call, Case
 from gradwatch.investigate import graph, mend, telling
+from gradwatch.investigate.frames import USER, kind_of
 from gradwatch.investigate.replay import NotReplayable, Outcome, replay
 from gradwatch.investigate.tracer import Event, Tracer, address, look
 from gradwatch.records import Inquiry, Origin
@@ -67,7 +68,9 @@ def seen(case: Case, tracer: Tracer) -> Inquiry | None:
     found = [event for event in events if event is not None and not event.root.meant]
     backward = not found
     if backward:
-        grads = [parameter.grad for key, (_, parameter) in case.parameters.items() if key in case.bad and parameter.grad is not None]
+        grads = [
+            parameter.grad for key, (_, parameter) in case.parameters.items() if key in case.bad and parameter.grad is not None
+        ]
         found = [event for grad in grads if (event := tracer.event_of(grad)) is not None]
     if not found:
         return None
@@ -109,16 +112,16 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     module = case.modules.get(place.module, "")
     origin = Origin(module, telling.operator(root.op), "backward" if backward else "forward", source)
     cause = telling.cause(event, origin, case.modules)
-    remedy = telling.remedy(root, backward)
-    diff = mend.mend(file, line, root.op, backward) if file else None
+    last = root.facts[-1] if root.facts else (float("nan"), float("nan"), 0)
+    found, shown = mend.NONE, ""
+    if file and kind_of(file) == USER:
+        found = mend.mend(file, line, mend.Culprit(root.op, backward, last[0], len(root.facts)))
+        shown = found.diff or f"  {mend.line_of(file, line)}".rstrip()
+    remedy = telling.TRAP if found.trap else telling.remedy(root, backward)
     outputs = {}
     if not backward and call is not None:
         outputs = {name: float(max(1, root.elements)) for name in dict.fromkeys((module, _root_name(case, call)))}
-    return Inquiry(case.step, origin, cause, _with(remedy, diff), outputs, 0.0)
-
-
-def _with(remedy: str, diff: str | None) -> str:
-    return f"{remedy}\n{diff}" if diff else remedy
+    return Inquiry(case.step, origin, cause, f"{remedy}\n{shown}" if shown else remedy, outputs, 0.0)
 
 
 def _root_name(case: Case, call: Call) -> str:
@@ -193,9 +196,7 @@ def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: grap
     if case.loss_is_bad and loss_by is not None:
         return _suspected(case, [loss_by])
     part = graph.outside(case.roots, boundary(case.calls), frozenset(case.parameters))
-    bad: set[Any] = {
-        number for call in case.calls for i, number in call.nodes.items() if i in call.deltas and look(call.deltas[i])
-    }
+    bad: set[Any] = {number for call in case.calls for i, number in call.nodes.items() if i in call.deltas and look(call.deltas[i])}
     if not bad:
         private = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
         bad = set(private)
@@ -239,12 +240,17 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
         return Inquiry(case.step)
     changed = [what for call, _ in outcomes for what in telling.changed_inputs(call)]
     if changed:
-        return Inquiry(case.step, None, f"Not reproduced: {', '.join(changed[:3])} was changed in place after the model was given it.")
+        return Inquiry(
+            case.step, None, f"Not reproduced: {', '.join(changed[:3])} was changed in place after the model was given it."
+        )
     hidden = [name for _, outcome in outcomes for name in outcome.changed]
     if hidden:
         return Inquiry(case.step, None, f"Not reproduced: the model keeps state between forward passes ({', '.join(hidden[:3])}).")
     draws = [name for _, outcome in outcomes for name in outcome.draws]
     if draws:
-        return Inquiry(case.step, None, f"Not reproduced: the forward pass draws from {' and '.join(dict.fromkeys(draws))}, whose state is not kept.")
+        return Inquiry(
+            case.step,
+            None,
+            f"Not reproduced: the forward pass draws from {' and '.join(dict.fromkeys(draws))}, whose state is not kept.",
+        )
     return Inquiry(case.step, None, "Not reproduced when the update was run again: suspect nondeterminism or hardware.")
-

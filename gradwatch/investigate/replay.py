@@ -188,7 +188,11 @@ def _backward(call: Call, outputs: list[Tensor], aliases: list[Tensor], inputs: 
         else:
             gradients = list(
                 torch.autograd.grad(
-                    [tensor for tensor, _ in driven], leaves, [delta for _, delta in driven], allow_unused=True, materialize_grads=False
+                    [tensor for tensor, _ in driven],
+                    leaves,
+                    [delta for _, delta in driven],
+                    allow_unused=True,
+                    materialize_grads=False,
                 )
             )
     outcome.backward = True
@@ -281,7 +285,7 @@ class _StandIns:
             self._keep(f"{name}.{key}" if name else key, value, DEPTH)
         self._attributes.append((name, attributes, own))
         parameters, buffers = private.own_parameters(module), private.own_buffers(module)
-        self._dictionaries += [(parameters, dict(parameters)), (buffers, dict(buffers))]  # type: ignore[arg-type, list-item]
+        self._dictionaries += [(parameters, dict(parameters)), (buffers, dict(buffers))]
         for key, parameter in list(parameters.items()):
             if parameter is not None:
                 parameters[key] = self._alias(parameter)

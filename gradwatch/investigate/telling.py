@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call
-from gradwatch.investigate.replay import named_tensors, tensors_of
+from gradwatch.capture.held import Call, tensors_of
+from gradwatch.investigate.replay import named_tensors
 from gradwatch.investigate.tracer import Event
 from gradwatch.records import Origin
 
@@ -43,7 +43,9 @@ def cause(event: Event, origin: Origin, modules: Mapping[int, str]) -> str:
         text = f"The derivative of {origin.op}{in_module}{at} is {what} while all that the loss depends on is finite"
         saved = root.saved
         if saved is not None and saved.place.source and saved.place.source != origin.source:
-            text += f", for {operator(saved.op)} at {saved.place.source} made {'NaN' if saved.bad.nan else 'Inf'} of what it was given"
+            text += (
+                f", for {operator(saved.op)} at {saved.place.source} made {'NaN' if saved.bad.nan else 'Inf'} of what it was given"
+            )
     else:
         text = f"{_value(root, origin.op)} gives {what}{in_module}{at}"
     if root.elements:
@@ -78,8 +80,10 @@ def _value(root: Event, op: str) -> str:
         return f"{op} of {facts[0][2]} number{'s' if facts[0][2] != 1 else ''}"
     if name == "empty":
         return "memory that nobody has written (torch.empty)"
-    if name == "mul" and not facts:
+    if name == "mul" and root.bad.nan:
         return f"{op}, 0 times Inf,"
+    if name == "mean" and not facts:
+        return f"{op} of nothing"
     if facts:
         largest = max(max(abs(fact[0]), abs(fact[1])) for fact in facts)
         if largest >= 1e4:
@@ -96,6 +100,9 @@ def outside(op: str, loss_is_bad: bool) -> str:
     if loss_is_bad:
         return f"{op} in the loss, outside the model, makes it not finite; what the model puts out is."
     return f"The derivative of {op} in the loss, outside the model, is not finite; the loss itself is."
+
+
+TRAP = "`where` discards the values of its other branch, but their derivative is 0 times NaN: choose the operator's input by the same condition."
 
 
 def remedy(root: Event, backward: bool) -> str:
@@ -124,10 +131,19 @@ _REMEDIES = {
     **dict.fromkeys(("acos", "asin", "atanh", "acosh", "erfinv"), _DOMAIN),
     **dict.fromkeys(("sqrt", "rsqrt", "pow"), _ROOT),
     **dict.fromkeys(("exp", "exp2", "expm1", "sinh", "cosh"), _EXP),
-    **dict.fromkeys(("div", "reciprocal"), "Keep the divisor away from 0: add an eps, or clamp_min(1e-8) where it cannot be negative."),
-    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), "Give it more than one number, or use correction=0; add an eps before dividing by it."),
+    **dict.fromkeys(
+        ("div", "reciprocal"), "Keep the divisor away from 0: add an eps, or clamp_min(1e-8) where it cannot be negative."
+    ),
+    **dict.fromkeys(
+        ("var", "std", "var_mean", "std_mean"),
+        "Give it more than one number, or use correction=0; add an eps before dividing by it.",
+    ),
     "empty": "Write to it before it is read: torch.zeros, or an initialisation (torch.nn.init).",
     "to_copy": "Use bfloat16, or keep that part in float32.",
+    "mean": "Leave the term out where there is nothing to take a mean of.",
+    **dict.fromkeys(
+        ("nll_loss", "nll_loss2d"), "Leave a batch out all of whose targets are ignored (ignore_index): its mean is 0 divided by 0."
+    ),
     "ctc_loss": "Use zero_infinity=True, and check that no target is longer than its input.",
 }
 

@@ -20,7 +20,18 @@ from gradwatch.capture import private
 from gradwatch.investigate.frames import NOWHERE, Place, here, in_engine
 
 _CONSTANTS = frozenset(
-    {"full", "full_like", "new_full", "fill", "fill_", "masked_fill", "masked_fill_", "scalar_tensor", "lift_fresh", "lift_fresh_copy"}
+    {
+        "full",
+        "full_like",
+        "new_full",
+        "fill",
+        "fill_",
+        "masked_fill",
+        "masked_fill_",
+        "scalar_tensor",
+        "lift_fresh",
+        "lift_fresh_copy",
+    }
 )
 """Operators that write a number somebody has chosen: an Inf among it is meant (a mask)."""
 
@@ -124,7 +135,7 @@ class _Empty:
     place: Place
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches operators.
 
     Args:
@@ -141,7 +152,7 @@ class Tracer(TorchDispatchMode):
     def __init__(
         self, modules: Container[int] = (), given: Iterable[tuple[str, Tensor]] = (), stop: CodeType | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.made: dict[int, Made] = {}
         self.active = True
@@ -191,7 +202,7 @@ class Tracer(TorchDispatchMode):
             forward = [event for event, _ in causes if not event.backward and event.given != "delta"]
             saved = next((event.root for event in forward if not event.root.meant), None)
             causes = [(event, bad) for event, bad in causes if event not in forward]
-        before = [] if op.constant else _facts(inputs) if writes and causes else None
+        before = _facts(inputs) if writes and not op.constant else None  # afterwards they are what it has made of them
         out = func(*args, **kwargs)
         outputs = list(_tensors((out,)))
         if op.empty:

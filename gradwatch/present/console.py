@@ -83,8 +83,8 @@ class ConsoleSink:
         self._going_on[known] = (alert, told or risen)
         if risen:
             return [(_rise(before, alert),)]
-        if told and (alert.origin is not None and before.origin is None or words.why(alert) and not words.why(before)):
-            return [(_cause_found(alert),)]
+        if told and ((alert.origin is not None and before.origin is None) or (words.why(alert) and not words.why(before))):
+            return [(_cause_found(alert),), *_mend(alert)]
         return []
 
     def _opening(self, alert: Alert) -> list[_Line]:
@@ -103,6 +103,7 @@ class ConsoleSink:
         elif any(explanation[1:]):
             self._explained.add(explanation)
             lines.append(_explanation(alert))
+            lines += _mend(alert)
         if times > _REPEATS:
             asides.append(f"{words.ordinal(times)} time, the others are in watch.alerts")
         if asides:
@@ -145,6 +146,11 @@ def _headline(alert: Alert) -> Text:
 def _explanation(alert: Alert) -> _Line:
     said = (("Why:", words.why(alert)), ("Try:", words.remedy(alert)))
     return tuple(Text(_INDENT).append(label, "bold").append(f" {sentence}") for label, sentence in said if sentence)
+
+
+def _mend(alert: Alert) -> list[_Line]:
+    styles = {"-": "red", "+": "green"}
+    return [(Text(_INDENT * 2).append(line, styles.get(line[:1], "dim")),) for line in words.mend(alert)]
 
 
 def _rise(before: Alert, alert: Alert) -> Text:

@@ -259,7 +259,8 @@ def told_in_full(alert: Alert, updates: int) -> list[str]:
     told = [f"{alert.severity.name} {alert.rule} ({alert.state}), {seen}", f"  what:  {symptom}{f': {detail}' if detail else ''}"]
     place = words.where(alert, room=12)
     rows = (("where", place), ("why", words.why(alert)), ("try", words.remedy(alert)))
-    return told + [f"  {label + ':':<6} {text}" for label, text in rows if text]
+    told += [f"  {label + ':':<6} {text}" for label, text in rows if text]
+    return told + [f"         {line}" for line in words.mend(alert)]
 
 
 # -- the layers, one by one --------------------------------------------------------------------------------------------------------

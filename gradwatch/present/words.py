@@ -224,7 +224,12 @@ def why(alert: Alert) -> str:
 
 def remedy(alert: Alert) -> str:
     """What to try, as a sentence."""
-    return _sentence(alert.remedy)
+    return _sentence(alert.remedy.partition("\n")[0])
+
+
+def mend(alert: Alert) -> list[str]:
+    """The lines of the user's code that it is about: a diff ("- old", "+ new"), or as they stand."""
+    return alert.remedy.splitlines()[1:]
 
 
 def _said(origin: Origin, cause: str) -> bool:

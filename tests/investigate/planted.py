@@ -72,9 +72,7 @@ class Planted:
 PLANTED: list[Planted] = []
 
 
-def planted(
-    module: str, op: str, phase: str, what: str, **more: Any
-) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
+def planted(module: str, op: str, phase: str, what: str, **more: Any) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
     def add(make: Callable[[], Training]) -> Callable[[], Training]:
         PLANTED.append(Planted(make, module, op, phase, what, **more))
         return make
@@ -300,7 +298,7 @@ def into_an_lstm() -> Training:
     return turning(squares(Body(Middle())))
 
 
-@planted("middle.cell", "aten::addmm", "forward", "inside an LSTM, where a product overflows")
+@planted("middle.cell", "aten::mul", "forward", "inside an LSTM: a closed forget gate times a state that is Inf")
 def in_an_lstm() -> Training:
     class Middle(Turn):
         def __init__(self) -> None:
@@ -308,16 +306,14 @@ def in_an_lstm() -> Training:
             self.cell = nn.LSTMCell(WIDTH, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = x * (3e38 if self.bad() else 1.0)
-            state = None
+            state = x, torch.full_like(x, torch.inf if self.bad() else 0.0)
             for _ in range(3):
                 state = self.cell(x, state)  # guilty
-            assert state is not None
             return state[0]
 
     model = Body(Middle())
     with torch.no_grad():
-        model.middle.cell.weight_ih.mul_(30)  # type: ignore[union-attr, operator]
+        model.middle.cell.bias_hh[WIDTH : 2 * WIDTH] = -1e4  # type: ignore[union-attr, index]
     return turning(squares(model))
 
 
@@ -579,7 +575,9 @@ def bad_weight() -> Training:
     return Training(model, loss)
 
 
-@planted("middle", "", "weight", "a parameter that nobody initialised", rule="non_finite_weight", says=("middle.scale", "uninitialised"))
+@planted(
+    "middle", "", "weight", "a parameter that nobody initialised", rule="non_finite_weight", says=("middle.scale", "uninitialised")
+)
 def uninitialised() -> Training:
     class Middle(nn.Module):
         def __init__(self) -> None:
@@ -616,7 +614,9 @@ def embedding_row() -> Training:
 # -- in the loss, outside the model ------------------------------------------------------------------------------------------------
 
 
-@planted("", "aten::log", "forward", "log(0) in the loss", told="operator only", rule="non_finite_loss", says=("outside the model",))
+@planted(
+    "", "aten::log", "forward", "log(0) in the loss", told="operator only", rule="non_finite_loss", says=("outside the model",)
+)
 def log_in_the_loss() -> Training:
     model = Body(nn.Tanh())
 
@@ -639,7 +639,14 @@ def ctc_loss() -> Training:
     return Training(model, loss)
 
 
-@planted("", "aten::nll_loss", "forward", "a cross-entropy all of whose targets are ignored", told="operator only", rule="non_finite_loss")
+@planted(
+    "",
+    "aten::nll_loss",
+    "forward",
+    "a cross-entropy all of whose targets are ignored",
+    told="operator only",
+    rule="non_finite_loss",
+)
 def all_ignored() -> Training:
     model = Body(nn.Tanh(), 4)
     return Training(model, lambda i: F.cross_entropy(model(batch(i)), torch.full((BATCH,), -100 if i == AT else 1)))
