@@ -155,11 +155,8 @@ def suspects(part: Outside, bad: Collection[Any]) -> list[Suspect]:
         if not part.leads.get(node, frozenset()) & set(bad):
             continue
         op = of_node(type(node).__name__)
-        if (
-            hasattr(node, "_forward_cls")
-            or (op in SINGULAR and not _is_tame(node, op))
-            or (op in LEAVES_DOMAIN and not _is_tame(node, op) and _absorbed(part, node))
-        ):
+        able = op in SINGULAR or (op in LEAVES_DOMAIN and _absorbed(part, node))
+        if hasattr(node, "_forward_cls") or (able and not _is_tame(node, op)):
             found.append(Suspect(op, node))
     return found
 

@@ -111,9 +111,9 @@ def _statement(file: str, line: int) -> tuple[list[str], int, ast.AST] | None:
         return None
     best: ast.stmt | None = None
     for node in ast.walk(tree):
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
-            if best is None or node.lineno >= best.lineno:
-                best = node
+        around = isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+        if isinstance(node, ast.stmt) and around and (best is None or node.lineno >= best.lineno):
+            best = node
     if best is None or (best.end_lineno or best.lineno) - best.lineno >= _LONGEST or hasattr(best, "body"):
         return None
     first = best.lineno
@@ -251,9 +251,8 @@ def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
 def _to_half(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
     if isinstance(node, ast.Call) and _called(node) == "half" and isinstance(node.func, ast.Attribute):
         yield Edit(_span(node), f"{_text(source, node.func.value)}.bfloat16()")
-    if isinstance(node, ast.Attribute) and node.attr in ("float16", "half") and isinstance(node.value, ast.Name):
-        if node.value.id == "torch":
-            yield Edit(_span(node), "torch.bfloat16")
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.float16", "torch.half"):
+        yield Edit(_span(node), "torch.bfloat16")
 
 
 def _mask(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:

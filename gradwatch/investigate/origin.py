@@ -239,18 +239,14 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
     if not ran or any(outcome.bad_deltas for outcome in ran):
         return Inquiry(case.step)
     changed = [what for call, _ in outcomes for what in telling.changed_inputs(call)]
-    if changed:
-        return Inquiry(
-            case.step, None, f"Not reproduced: {', '.join(changed[:3])} was changed in place after the model was given it."
-        )
     hidden = [name for _, outcome in outcomes for name in outcome.changed]
-    if hidden:
-        return Inquiry(case.step, None, f"Not reproduced: the model keeps state between forward passes ({', '.join(hidden[:3])}).")
-    draws = [name for _, outcome in outcomes for name in outcome.draws]
-    if draws:
-        return Inquiry(
-            case.step,
-            None,
-            f"Not reproduced: the forward pass draws from {' and '.join(dict.fromkeys(draws))}, whose state is not kept.",
-        )
-    return Inquiry(case.step, None, "Not reproduced when the update was run again: suspect nondeterminism or hardware.")
+    draws = list(dict.fromkeys(name for _, outcome in outcomes for name in outcome.draws))
+    if changed:
+        why = f"{', '.join(changed[:3])} was changed in place after the model was given it"
+    elif hidden:
+        why = f"the model keeps state between forward passes ({', '.join(hidden[:3])})"
+    elif draws:
+        why = f"the forward pass draws from {' and '.join(draws)}, whose state is not kept"
+    else:
+        why = "suspect nondeterminism or hardware"
+    return Inquiry(case.step, None, f"Not reproduced when the update was run again: {why}.")

@@ -102,7 +102,9 @@ def outside(op: str, loss_is_bad: bool) -> str:
     return f"The derivative of {op} in the loss, outside the model, is not finite; the loss itself is."
 
 
-TRAP = "`where` discards the values of its other branch, but their derivative is 0 times NaN: choose the operator's input by the same condition."
+TRAP = (
+    "`where` discards the values of its other branch, but their derivative is 0 times NaN: choose its input by the same condition."
+)
 
 
 def remedy(root: Event, backward: bool) -> str:
@@ -136,7 +138,7 @@ _REMEDIES = {
     ),
     **dict.fromkeys(
         ("var", "std", "var_mean", "std_mean"),
-        "Give it more than one number, or use correction=0; add an eps before dividing by it.",
+        "Give it more than one number, or use correction=0, and add an eps to it.",
     ),
     "empty": "Write to it before it is read: torch.zeros, or an initialisation (torch.nn.init).",
     "to_copy": "Use bfloat16, or keep that part in float32.",
