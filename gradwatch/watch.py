@@ -598,8 +598,8 @@ class GradWatch:
         also = self._actor.take_findings() if self._actor is not None else ()
         inquest = self._inquest
         for alert in self._incidents.judge(history, also, inquest.last if inquest is not None else None):
-            if inquest is not None and self._recorder is not None and alert.rule == "non_finite_weight" and alert.origin is None:
-                alert = self._incidents.trace(alert, inquest.weights(self._recorder.case(alert.step)))
+            if inquest is not None and self._recorder is not None:
+                alert = self._incidents.trace(alert, self._recorder.explain(alert))
             if alert.state == "open" and self._recorder is not None:
                 self._recorder.suspect()
             for sink in tuple(self._sinks):

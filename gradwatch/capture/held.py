@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gradwatch.capture import private
 from gradwatch.capture.copying import Ours
-from gradwatch.records import Inquiry
+from gradwatch.records import Alert, Inquiry
 
 LIMIT = 2**26
 """Bytes of deltas that are held, and of inputs beyond those of the last call: 64 MB, by design."""
@@ -57,6 +57,7 @@ class Call:
         site: file and line that called it, outside torch; ("", 0): not known.
         nodes: output -> sequence number of the autograd node that made it, by its number among the outputs.
         deltas: output -> the gradient with respect to it.
+        used: numbers of the outputs through which a backward has gone.
         reached: a backward has gone through it.
         dropped: some deltas were too large to be held.
     """
@@ -72,6 +73,7 @@ class Call:
     site: tuple[str, int] = ("", 0)
     nodes: dict[int, int] = field(default_factory=dict)
     deltas: dict[int, Tensor] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
     reached: bool = False
     dropped: bool = False
 
@@ -130,6 +132,10 @@ class Ask(Protocol):
 
     def stop(self) -> None:
         """The watch is left."""
+        ...
+
+    def explain(self, alert: Alert, case: Case) -> Inquiry | None:
+        """What there is to be found out about an incident that opens."""
         ...
 
     def before(self, case: Case) -> None:
@@ -315,6 +321,15 @@ class Held:
         if not fine:
             self.running.clear()
 
+    def thin_out(self) -> None:
+        """A backward went well: the last call that it went through is held on, without its deltas, in case the record is asked about."""
+        reached = self.reached()
+        for call in reached:
+            call.deltas.clear()
+        if len(reached) > 1:
+            self.calls = [call for call in self.calls if not call.reached or call is reached[-1]]
+            self._nbytes = sum(call.nbytes for call in self.calls[:-1])
+
 
 class _Catch:
     """Keeps what passes back through the node that made an output."""
@@ -329,6 +344,7 @@ class _Catch:
         if call is None:
             return
         call.reached = True
+        call.used.add(self._number)
         grad = grads[self._output] if self._output < len(grads) else None
         if grad is None or type(grad) not in _PLAIN:
             return

@@ -31,7 +31,7 @@ from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
 from gradwatch.facts import FROZEN_AFTER, Meta, Pending
-from gradwatch.records import GradState, Inquiry, Sampling
+from gradwatch.records import Alert, GradState, Inquiry, Sampling
 
 _TURN = 64
 """Records after which an optimizer that has not stepped takes no turns with the others any more. Critics mostly step five times for one
@@ -138,7 +138,7 @@ class Recorder:
     def _begins(self, call: Call) -> None:
         """A forward pass of a watched model begins."""
         if self._ask is not None and self._ask.armed and not self.inside.hooks.compiled:
-            self._ask.begin(call, self.case())
+            self._ask.begin(call, self._case((), ()))
 
     def _hold(self) -> None:
         if self._ask is not None:
@@ -665,7 +665,7 @@ class Recorder:
         self._roots = ()
         loss_is_bad = bool(draft.terms) and (math.isnan(draft.loss) or (math.isinf(draft.loss) and not draft.by_scaler))
         if not draft.nonfinite.any() and not loss_is_bad:
-            self.held.release(fine=True)
+            self.held.thin_out()
             if self._ask is not None:
                 self._ask.was_fine()
             return
@@ -705,9 +705,12 @@ class Recorder:
             counts[column] = found.outputs.get(name, np.nan)
         draft.layers = {"activation_nonfinite": counts, "input_nonfinite": found.inputs}
 
-    def case(self, step: int = -1) -> Case:
-        """Names of modules and parameters, for who asks between two updates of the one that is numbered `step`."""
-        return replace(self._case((), ()), step=step)
+    def explain(self, alert: Alert) -> Inquiry | None:
+        """What there is to be found out about an incident that opens."""
+        if self._ask is None:
+            return None
+        with self.inside.hooks.deaf(), self.held.deaf():
+            return self._ask.explain(alert, replace(self._case((), self.held.calls), step=alert.step))
 
     # -- what the clock asks -------------------------------------------------------------------------------------------------------
 
@@ -792,7 +795,6 @@ class Recorder:
             if self._initial.look_again(self.table.params):
                 self._describe()
             self._foreign_steps = self._unowned = 0
-            self.held.release(fine=True)
             self._roots = ()
             closed = Closed(outcome, record, draft, self.owners.owners, time.perf_counter() - self._started)
             self._queue.append(closed)
@@ -804,6 +806,7 @@ class Recorder:
                     slab.send()
             else:
                 self._drain(force=True)
+            self.held.release(fine=True)
         self.weights.forget()
         self._versions.clear()
         if outcome is Outcome.BY_HAND and self.acting is not None and not record.owners:

@@ -97,8 +97,12 @@ class Incidents:
         return tuple(send)
 
     def trace(self, alert: Alert, inquiry: Inquiry | None) -> Alert:
-        """Add what an inquiry found out to an alert that is to be sent."""
-        return alert if inquiry is None else self._trace([alert], inquiry)[0]
+        """Add what an inquiry found out to an alert of an open incident that is about to be sent."""
+        for incident in self._incidents:
+            if inquiry is not None and incident.alert == alert:
+                incident.alert = _traced(alert, inquiry)
+                return incident.alert
+        return alert
 
     def _trace(self, send: list[Alert], inquiry: Inquiry) -> list[Alert]:
         """Add to incidents that an inquiry is about what it found out; the alerts to send then."""
@@ -109,8 +113,7 @@ class Incidents:
                 continue
             if inquiry.origin is None and not inquiry.cause:
                 continue
-            cause, remedy = inquiry.cause or alert.cause, inquiry.remedy or alert.remedy
-            incident.alert = replace(alert, origin=inquiry.origin, cause=cause, remedy=remedy)
+            incident.alert = _traced(alert, inquiry)
             if alert in send:
                 send[send.index(alert)] = incident.alert
             elif inquiry.origin is not None:
@@ -309,6 +312,12 @@ class Incidents:
                 incident.alert = replace(incident.alert, state="ended")
                 ended.append(incident.alert)
         return ended
+
+
+def _traced(alert: Alert, inquiry: Inquiry) -> Alert:
+    return replace(
+        alert, origin=inquiry.origin or alert.origin, cause=inquiry.cause or alert.cause, remedy=inquiry.remedy or alert.remedy
+    )
 
 
 def _began(incident: _Incident, consequence: str) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterable
 
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, Case, tensors_of
 from gradwatch.capture.tape import TAPE
+from gradwatch.investigate.causes import EXPLAINED, explain
 from gradwatch.investigate.graph import Suspect
 from gradwatch.investigate.origin import investigate, loss_of, seen, weights
 from gradwatch.investigate.tracer import Tracer
 from gradwatch.records import TRACED, Alert, Inquiry, Severity
+
+logger = logging.getLogger("gradwatch")
 
 ARMED = 10
 """Updates that are traced as they run, after one whose origin could not be told: a fault that comes with every third batch is met, and
@@ -81,13 +85,20 @@ class Inquest:
             return None
         return self.last
 
-    def weights(self, case: Case) -> Inquiry | None:
-        """Weights have been found bad, before they did any harm."""
+    def explain(self, alert: Alert, case: Case) -> Inquiry | None:
+        """What there is to be found out about an incident that opens, after the step; None for nothing."""
+        if self._off or alert.state != "open":
+            return None
         try:
-            self.last = weights(case) or self.last
-        except Exception:
-            self._fail()
-        return self.last
+            if alert.rule == "non_finite_weight" and alert.origin is None:
+                return weights(case)
+            if alert.rule in EXPLAINED and alert.severity >= Severity.WARNING:
+                with TAPE.deaf():
+                    return explain(alert, case)
+        except Exception as error:
+            # The model may refuse to run again, and that is no fault of ours.
+            logger.debug("the cause of %s could not be looked for: %r", alert.rule, error)
+        return None
 
     # -- the next updates ----------------------------------------------------------------------------------------------------------
 

@@ -173,6 +173,9 @@ def _subject(node: ast.Call) -> ast.expr | None:
 
 
 def _is_package(node: ast.expr) -> bool:
+    """A function of it is no method of a tensor; nor is a module that `self` holds."""
+    if isinstance(node, ast.Name) and node.id == "self":
+        return True
     return (isinstance(node, ast.Name) and node.id in _PACKAGES) or (isinstance(node, ast.Attribute) and node.attr in _PACKAGES)
 
 

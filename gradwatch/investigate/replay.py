@@ -76,15 +76,15 @@ def replay(call: Call, modules: Container[int] = ()) -> Outcome:
         Exception: whatever it raises this time.
     """
     model = call.model
-    _refuse(model)
-    args, kwargs, inputs = _inputs(call)
+    refuse(model)
+    args, kwargs, inputs = copied_inputs(call)
     paths = {address(tensor): path for path, tensor in named_tensors(call.model, args, kwargs)}
     given: list[tuple[str, Tensor]] = [("input", tensor) for tensor in inputs]
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        outside = stack.enter_context(_generators(call))
-        stand_ins = stack.enter_context(_StandIns(model))
+        outside = stack.enter_context(generators(call))
+        stand_ins = stack.enter_context(StandIns(model))
         given += [("parameter", alias) for alias in stand_ins.aliases.values()]
         given += [("buffer", buffer) for buffer in stand_ins.buffers]
         tracer = Tracer(modules, given, stop=_run.__code__)
@@ -107,7 +107,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return model(*args, **kwargs)
 
 
-def _refuse(model: nn.Module) -> None:
+def refuse(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise NotReplayable("it is TorchScript, in which no line of Python runs")
     for tensor in (*model.parameters(), *model.buffers()):
@@ -119,7 +119,7 @@ def _refuse(model: nn.Module) -> None:
                 raise NotReplayable("a SyncBatchNorm in it waits for other processes")
 
 
-def _inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+def copied_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
     """Arguments with copies of all tensors that the forward pass might change, and the floating ones of these."""
     copies: dict[int, Tensor] = {}
 
@@ -151,18 +151,18 @@ def named_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     except (TypeError, ValueError):
         bound = {f"args[{i}]": value for i, value in enumerate(args)} | dict(kwargs)
     for name, value in bound.items():
-        yield from _named(name, value, 6)
+        yield from named(name, value, 6)
 
 
-def _named(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+def named(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
     elif depth and isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(f"{name}[{key!r}]", item, depth - 1)
+            yield from named(f"{name}[{key!r}]", item, depth - 1)
     elif depth and isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
-            yield from _named(f"{name}[{i}]", item, depth - 1)
+            yield from named(f"{name}[{i}]", item, depth - 1)
 
 
 def _backward(call: Call, outputs: list[Tensor], aliases: list[Tensor], inputs: list[Tensor], outcome: Outcome) -> None:
@@ -222,7 +222,7 @@ def _leaves_of(nodes: list[Any], known: set[int], limit: int = 100_000) -> tuple
 
 
 @contextlib.contextmanager
-def _generators(call: Call) -> Iterator[Any]:
+def generators(call: Call) -> Iterator[Any]:
     """Random generators as they were when the call began; afterwards as they are now.
 
     Yields:
@@ -245,7 +245,7 @@ def _generators(call: Call) -> Iterator[Any]:
         np.random.set_state(numpy)
 
 
-class _StandIns:
+class StandIns:
     """While it is entered, a model's parameters are aliases that share their memory, and its buffers are copies; what the forward pass
     changes in attributes of modules is put back.
 
@@ -266,7 +266,7 @@ class _StandIns:
         self._names: dict[int, str] = {}
         self._kept = 0
 
-    def __enter__(self) -> _StandIns:
+    def __enter__(self) -> StandIns:
         try:
             for name, module in self._modules:
                 self._enter(name, module)
