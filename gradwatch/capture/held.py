@@ -122,8 +122,12 @@ class Ask(Protocol):
         """A forward pass begins, and `armed` is not 0."""
         ...
 
+    def pause(self) -> None:
+        """What runs from here on is the watch's own."""
+        ...
+
     def backward_begins(self) -> None:
-        """The outermost backward begins."""
+        """The outermost backward begins now."""
         ...
 
     def was_fine(self) -> None:

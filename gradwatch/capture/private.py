@@ -189,12 +189,20 @@ def is_ordinary() -> bool:
     try:
         return (
             torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._len_torch_dispatch_stack() == _own_modes[0]
             and torch._C._get_tracing_state() is None
             and not _fx._is_fx_tracing_flag
         )
     except AttributeError:
         return True
+
+
+_own_modes = [0]
+
+
+def own_mode(on: bool) -> None:
+    """A dispatch mode of ours begins to watch operators, or it ends: to our hooks it is nobody."""
+    _own_modes[0] = int(on)
 
 
 _fx: Any = sys.modules.get("torch.fx._symbolic_trace")

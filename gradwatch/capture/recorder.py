@@ -146,6 +146,8 @@ class Recorder:
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
+        if self._ask is not None:
+            self._ask.pause()
         self._drain(force=False)
         if self.table.changed():
             self._rescan()
@@ -159,14 +161,16 @@ class Recorder:
         self._saw_loss = self._walks.looks_at_loss
         if self._saw_loss:
             self._walks.see_loss(roots, self.scale.ahead(self._draft))
+        if self._ask is not None and self.held.calls:
+            self._look_at_loss(roots)
+        self.gradients.begin()
         if self._ask is not None:
             self._ask.backward_begins()
-            if self.held.calls:
-                self._look_at_loss(roots)
-        self.gradients.begin()
 
     def backward_end(self, roots: Sequence[Any], scalar: bool) -> None:
         """The outermost backward has returned."""
+        if self._ask is not None:
+            self._ask.pause()
         reached = self.gradients.end()
         self.inside.hooks.end_backward()
         if not reached and (self.clock.open is None or not self.clock.open.stepped_in_backward):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gradwatch.diagnose.gains import FUNCTION, kinds_in
+from gradwatch.diagnose.reasons import JUMP, LARGE, OWN, feeding, step_before, usual_rate, usual_ratio
 from gradwatch.history import History
 from gradwatch.records import Finding, Severity
 
@@ -112,6 +113,9 @@ def _activation(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _dead(finding: Finding, history: History) -> tuple[str, str]:
+    told = _one_step(finding, history, "They died") or _scale_of(finding, history, "below zero for every input")
+    if told is not None:
+        return told
     if finding.step > 0:
         return (
             "What they are given went below zero for every input, and no gradient comes back through them to change that.",
@@ -125,6 +129,11 @@ def _dead(finding: Finding, history: History) -> tuple[str, str]:
 
 def _saturated(finding: Finding, history: History) -> tuple[str, str]:
     e = finding.evidence
+    told = _one_step(finding, history, "It saturated")
+    if told is None and not e.get("input_std", 1.0) >= LARGE_INPUT:
+        told = _scale_of(finding, history, "far beyond the range in which it responds")
+    if told is not None:
+        return told
     if finding.step > 0:
         return (
             "What it is given has grown far beyond the range in which it responds: large steps, or weights or biases set too large.",
@@ -139,6 +148,44 @@ def _saturated(finding: Finding, history: History) -> tuple[str, str]:
         "The weights or biases before it are so large that what it is given lies far beyond the range in which it responds.",
         "Initialise the layer before it with xavier_normal_ and zero biases, or put normalisation between the two.",
     )
+
+
+def _one_step(finding: Finding, history: History, what: str) -> tuple[str, str] | None:
+    """The one update that did it: its number, its norm, its learning rate."""
+    step = step_before(finding, history) if finding.step > 0 else None
+    if step is None:
+        return None
+    rate = f" at a learning rate of {step.lr:.2g}" if np.isfinite(step.lr) else ""
+    if step.norm > JUMP * step.usual:
+        return (
+            f"{what} after update {step.number}, whose gradient norm was {step.norm:.2g} where {step.usual:.2g} is usual{rate}.",
+            "Clip the gradient norm (clip=1.0) and look at the batch of that update; lower the learning rate or warm it up.",
+        )
+    return (
+        f"{what} after update {step.number}, the first at a learning rate of {step.lr:.2g}, after {step.lr_before:.2g}.",
+        "Raise the learning rate more slowly (warm it up), lower its peak, or clip the gradient norm (clip=1.0).",
+    )
+
+
+def _scale_of(finding: Finding, history: History, where: str) -> tuple[str, str] | None:
+    """From the start: the bias, the weights or the inputs."""
+    if finding.step > 0 or not finding.layers:
+        return None
+    scale = feeding(finding.layers[0], history)
+    if scale is None:
+        return None
+    name = scale.layer or "the model"
+    if scale.bias > OWN * scale.output:
+        return (
+            f"The bias of {name} (rms {scale.bias:.2g}) makes up most of what it puts out (rms {scale.output:.2g}), {where}.",
+            f"Initialise the bias of {name} with zeros.",
+        )
+    if scale.weights > LARGE:
+        return (
+            f"The weights of {name} enlarge what they are given {scale.weights:.2g} times (rms {scale.output:.2g}), {where}.",
+            f"Initialise {name} with kaiming_normal_ (ReLU) or xavier_normal_ (tanh, sigmoid), or normalise behind it.",
+        )
+    return None
 
 
 LARGE_INPUT = 5.0
@@ -159,6 +206,10 @@ def _loss(finding: Finding, history: History) -> tuple[str, str]:
     )
 
 
+DIVERGED = "The training diverged"
+"""How the cause begins of what is not finite because the loss had grown beyond all bounds."""
+
+
 def _diverged(history: History) -> tuple[str, str] | None:
     """The loss had grown a hundredfold before it was lost."""
     b = history.baselines
@@ -170,7 +221,7 @@ def _diverged(history: History) -> tuple[str, str] | None:
     if not abs(last) > 100 * abs(first):
         return None
     return (
-        f"The training diverged: the loss grew from {first:.3g} to {last:.3g} before it overflowed.",
+        f"{DIVERGED}: the loss grew from {first:.3g} to {last:.3g} before it overflowed.",
         "Lower the learning rate by 3 to 10 times, warm it up, and clip the gradient norm (clip=1.0).",
     )
 
@@ -409,11 +460,46 @@ def _loss_stays(finding: Finding, history: History) -> tuple[str, str]:
             "was still falling: one meant for epochs that is stepped with every batch does that.",
             "Call scheduler.step() once an epoch, or count the schedule's milestones, steps and decay in batches.",
         )
+    told = _no_progress(history)
+    if told is not None:
+        return told
     return (
         "The outputs tell nothing of the targets: labels that do not belong to the inputs, a wrong learning rate, or information lost "
         "on the way.",
         "Check that inputs and labels match after shuffling, try to overfit one batch, and try learning rates 10 times higher and lower.",
     )
+
+
+def _no_progress(history: History) -> tuple[str, str] | None:
+    """What is seen of targets, inputs and steps where nothing is learnt."""
+    meta = history.meta
+    if meta.criterion and meta.guess == 0.0:
+        return (
+            "All targets that were looked at are the same: there is nothing to be told apart.",
+            "Check how labels are read and batched: an index that is not advanced, a column that is constant.",
+        )
+    spread = history.stat("input_std")
+    seen = spread[np.isfinite(spread)]
+    if seen.size and float(np.median(seen)) == 0.0:
+        return ("The inputs are constant: nothing in them tells one sample from another.", "Check how the batch is made.")
+    ratio, rate = usual_ratio(history), usual_rate(history)
+    at = f" at a learning rate of {rate:.2g}" if np.isfinite(rate) else ""
+    if ratio < TINY_STEPS:
+        return (
+            f"An update{at} changes a typical weight by {ratio:.0e} of itself: too little to learn anything in this time.",
+            f"Raise the learning rate about {_round(1e-3 / ratio) if ratio > 0 else 1000} times, to where it changes about 1e-3 of it.",
+        )
+    if ratio > HUGE_STEPS:
+        return (
+            f"An update{at} changes a typical weight by {ratio:.2g} of itself: what was learnt is overwritten.",
+            "Lower the learning rate until an update changes about 1e-3 of the weights, and warm it up.",
+        )
+    return None
+
+
+TINY_STEPS, HUGE_STEPS = 1e-6, 0.3
+"""Update ratios outside of which the step size explains that nothing is learnt: a thousandth of the usual 1e-3, and what no healthy run
+keeps up (`update_ratio_too_large`)."""
 
 
 def _squashed(finding: Finding, history: History) -> tuple[str, str]:

@@ -74,6 +74,41 @@ def gains_between(history: History, lower: int, upper: int, decades: float) -> d
     return evidence
 
 
+def circumstances(history: History, lower: int, upper: int) -> dict[str, float]:
+    """What stands beside the gains as evidence of why a gradient falls or grows between two modules.
+
+    Args:
+        history: with a few looks at both.
+        lower: column of the module executed first.
+        upper: column of the other.
+
+    Returns:
+        `depth`: layers with a matrix on the way, the two included; `normalizations`: how many stand on it; `saturated_fraction`: the
+        median of its activations in the last look; `weight_gain`: the median of what its matrices do to the scale of independent inputs,
+        2-norm over the root of the number of outputs (1 keeps it). What is not known is left out.
+    """
+    meta, rank = history.meta, execution_of(history.meta).rank
+    first, last = sorted((int(rank[lower]), int(rank[upper])))
+    way = np.flatnonzero((rank >= first) & (rank <= last))
+    on_it = np.isin(meta.layer_index, way)
+    gains = [
+        (i, float(norm) / fact.shape[0] ** 0.5)
+        for i, (fact, norm) in enumerate(zip(meta.parameters, history.baselines.weight_norm, strict=True))
+        if on_it[i] and len(fact.shape) >= 2 and fact.shape[0] and np.isfinite(norm)
+    ]
+    found: dict[str, float] = {
+        "depth": float(len({int(meta.layer_index[i]) for i, _ in gains})),
+        "normalizations": float(sum(meta.layers[i].kind == "normalization" for i in way)),
+    }
+    flat = history.recent("saturated_fraction", BACK)[:, way]
+    looked = flat[np.isfinite(flat).any(axis=1)]
+    if looked.size:
+        found["saturated_fraction"] = float(np.nanmedian(looked[-1]))
+    if gains:
+        found["weight_gain"] = float(np.median([gain for _, gain in gains]))
+    return found
+
+
 def kinds_in(evidence: Mapping[str, float]) -> list[Kind]:
     """What `gains_between` gave, out of the evidence of a finding."""
     names = [name.removesuffix("_gain") for name in evidence if name.endswith("_gain")]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
-from gradwatch.diagnose.advice import explain
+from gradwatch.diagnose.advice import DIVERGED, explain
 from gradwatch.diagnose.causes import (
     CAUSES,
     FROM_START,
@@ -315,6 +315,9 @@ class Incidents:
 
 
 def _traced(alert: Alert, inquiry: Inquiry) -> Alert:
+    """With what was found out. Of a training that has diverged the operator that overflowed in the end is not the cause."""
+    if alert.cause.startswith(DIVERGED) and inquiry.origin is not None and inquiry.origin.phase in ("forward", "backward"):
+        return replace(alert, origin=inquiry.origin)
     return replace(
         alert, origin=inquiry.origin or alert.origin, cause=inquiry.cause or alert.cause, remedy=inquiry.remedy or alert.remedy
     )

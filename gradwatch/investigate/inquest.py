@@ -39,6 +39,7 @@ class Inquest:
         self._off = False
         self._loss_by: tuple[int, Suspect | None] = (-1, None)
         self._tracer: Tracer | None = None
+        self._stuck: Tracer | None = None
         self.last: Inquiry | None = None
         self.armed = 0
 
@@ -117,7 +118,7 @@ class Inquest:
                     return
                 given = [("parameter", parameter) for _, parameter in case.parameters.values()]
                 self._tracer = Tracer(case.modules, given)
-                self._tracer.__enter__()  # type: ignore[no-untyped-call]
+                self._tracer.watch()
             if call is not None:
                 for tensor in tensors_of((call.args, call.kwargs)):
                     self._tracer.give("input", tensor)
@@ -127,10 +128,18 @@ class Inquest:
         except Exception:
             self._fail()
 
+    def pause(self) -> None:
+        """What runs from here on is ours: under a dispatch mode the numbers that a graph keeps are no tensors any more (measured)."""
+        if self._tracer is not None:
+            self._tracer.pause()
+        if self._stuck is not None and self._stuck.pause():
+            self._stuck = None
+
     def backward_begins(self) -> None:
-        """The outermost backward begins."""
+        """The outermost backward begins now: what runs is the user's again."""
         if self._tracer is not None:
             self._tracer.in_backward = True
+            self._tracer.watch()
 
     def was_fine(self) -> None:
         """The update that was traced went well."""
@@ -142,7 +151,9 @@ class Inquest:
         """Trace no more."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
-            tracer.leave()
+            tracer.active = False
+            paused = tracer.pause()
+            self._stuck = None if paused or not private.watched_operators() else tracer
 
     def _fail(self) -> None:
         self._off = True

@@ -164,11 +164,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- what is asked -------------------------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Stop watching. Where another mode lies on top, every operator passes until that is gone, and from then on, too."""
-        self.active = False
-        if private.watching_operators() is self:
-            self.__exit__(None, None, None)
+    def watch(self) -> None:
+        """Watch what runs from here on, in whatever function; not within somebody else's mode."""
+        if not private.watched_operators():
+            self.__enter__()  # type: ignore[no-untyped-call]
+            private.own_mode(on=True)
+
+    def pause(self) -> bool:
+        """Watch no more, for now; False: another mode lies on top, and this one cannot be taken from below it."""
+        if private.watching_operators() is not self:
+            return False
+        self.__exit__(None, None, None)
+        private.own_mode(on=False)
+        return True
 
     def event_of(self, tensor: Tensor) -> Event | None:
         """The event by which what is in a tensor's memory went bad; None: it did not, as far as is known."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median, median_of_rows, members
-from gradwatch.diagnose.gains import gains_between
+from gradwatch.diagnose.gains import circumstances, gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.deltas import Deltas, Modules, deltas_of
 from gradwatch.diagnose.rules.growing import grows_in_time
@@ -319,6 +319,7 @@ def _told(history: History, deltas: Deltas, growth: _Growth) -> Finding:
             "explained": float(growth.explained),
             "sharpest_rise": 10.0 ** float(steps[:cut].max()),
         }
+        | circumstances(history, lower, upper)
         | gains_between(history, lower, upper, top - reference),
     )
 

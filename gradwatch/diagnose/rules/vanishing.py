@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch.baselines import WINDOW, ZERO
 from gradwatch.diagnose.arrays import DECADE, median, members
 from gradwatch.diagnose.execution import execution_of
-from gradwatch.diagnose.gains import gains_between
+from gradwatch.diagnose.gains import circumstances, gains_between
 from gradwatch.diagnose.naming import named
 from gradwatch.diagnose.rules.layout import Layout, layout_of
 from gradwatch.diagnose.rules.loss import Progress, guess_of, has_learnt, progress
@@ -332,6 +332,7 @@ def _by_depth(history: History, window: Window, falls: list[_Fall]) -> Finding:
             "gain_there": float(gain) if np.isfinite(gain) else 1.0,
             "nodes": nodes if np.isfinite(nodes) else 0.0,
         }
+        | circumstances(history, int(ends[0]), int(ends[1]))
         | gains_between(history, int(ends[0]), int(ends[1]), fall),
     )
 
