@@ -75,13 +75,21 @@ def watched_operators() -> int:
         return 1
 
 
-def watching_operators() -> Any:
-    """The dispatch mode that watches operators first; None for none."""
+def take_out_mode(mode: Any) -> None:
+    """Take a dispatch mode off this thread's stack, also from below others, which stay as they are; does nothing if it is not there."""
     try:
         count = torch._C._len_torch_dispatch_stack()
-        return torch._C._get_dispatch_stack_at(count - 1) if count else None
+        stack = [torch._C._get_dispatch_stack_at(i) for i in range(count)]
+        if mode not in stack:
+            return
+        above = stack[stack.index(mode) + 1 :]
+        for _ in above:
+            torch._C._pop_torch_dispatch_stack(None)
+        mode.__exit__(None, None, None)
+        for each in above:
+            torch._C._push_on_torch_dispatch_stack(each)
     except AttributeError:
-        return None
+        mode.__exit__(None, None, None)
 
 
 def saved_number(node: Any, name: str) -> float | None:
@@ -111,7 +119,10 @@ def saved_tensor(node: Any, name: str) -> Tensor | None:
         value = getattr(node, f"_saved_{name}", None) if raw is not None and raw.unpack_hook is None else None
     except (AttributeError, RuntimeError):
         return None
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    # A number that was given in place of a tensor is one, but under a dispatch mode no operator takes it for one (measured).
+    return None if value.dim() == 0 and watched_operators() else value
 
 
 def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:

@@ -39,7 +39,6 @@ class Inquest:
         self._off = False
         self._loss_by: tuple[int, Suspect | None] = (-1, None)
         self._tracer: Tracer | None = None
-        self._stuck: Tracer | None = None
         self.last: Inquiry | None = None
         self.armed = 0
 
@@ -132,8 +131,6 @@ class Inquest:
         """What runs from here on is ours: under a dispatch mode the numbers that a graph keeps are no tensors any more (measured)."""
         if self._tracer is not None:
             self._tracer.pause()
-        if self._stuck is not None and self._stuck.pause():
-            self._stuck = None
 
     def backward_begins(self) -> None:
         """The outermost backward begins now: what runs is the user's again."""
@@ -151,9 +148,7 @@ class Inquest:
         """Trace no more."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
-            tracer.active = False
-            paused = tracer.pause()
-            self._stuck = None if paused or not private.watched_operators() else tracer
+            tracer.pause()
 
     def _fail(self) -> None:
         self._off = True

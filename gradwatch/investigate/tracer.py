@@ -146,7 +146,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         events: all of them, in order.
         made: sequence number of an autograd node -> which operator made it.
-        active: False: every operator passes.
     """
 
     def __init__(
@@ -155,7 +154,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.made: dict[int, Made] = {}
-        self.active = True
         self.in_backward = False
         self._modules, self._stop = modules, stop
         self._status: dict[int, Any] = {}
@@ -170,13 +168,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.__enter__()  # type: ignore[no-untyped-call]
             private.own_mode(on=True)
 
-    def pause(self) -> bool:
-        """Watch no more, for now; False: another mode lies on top, and this one cannot be taken from below it."""
-        if private.watching_operators() is not self:
-            return False
-        self.__exit__(None, None, None)
+    def pause(self) -> None:
+        """Watch no more, for now."""
+        private.take_out_mode(self)
         private.own_mode(on=False)
-        return True
 
     def event_of(self, tensor: Tensor) -> Event | None:
         """The event by which what is in a tensor's memory went bad; None: it did not, as far as is known."""
@@ -191,7 +186,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.active or any(not issubclass(kind, Tensor) or kind not in _PLAIN for kind in types):
+        if any(not issubclass(kind, Tensor) or kind not in _PLAIN for kind in types):
             return func(*args, **kwargs)
         op = self._ops.get(func) or self._learn(func)
         backward = self.in_backward and not torch.is_grad_enabled()
