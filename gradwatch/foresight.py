@@ -13,7 +13,7 @@ from gradwatch.diagnose.rules import Rule, name_of, persistence_of
 from gradwatch.history import History
 from gradwatch.present import words
 from gradwatch.protect.actor import touches
-from gradwatch.records import Finding, Severity
+from gradwatch.records import Finding, Inquiry, Severity
 
 
 class Foresight:
@@ -34,12 +34,13 @@ class Foresight:
         incidents: Incidents,
         *,
         history: Callable[[], History],
+        last_inquiry: Callable[[], Inquiry | None],
         is_full: Callable[[], bool],
         tell: Callable[[str], None],
         notice: Callable[[str], None],
     ) -> None:
         self._rules, self._incidents = rules, incidents
-        self._history, self._is_full = history, is_full
+        self._history, self._is_full, self._last_inquiry = history, is_full, last_inquiry
         self._tell, self._notice = tell, notice
         self._off: set[str] = set()
 
@@ -63,6 +64,11 @@ class Foresight:
     def is_open(self, rule: str, layers: Collection[str]) -> bool:
         """Whether an incident of the rule is open that concerns some of these layers."""
         return any(a.rule == rule and a.state == "open" and touches(a.layers, layers) for a in self._incidents.alerts)
+
+    def inquiry(self, step: int) -> Inquiry | None:
+        """What was found out last about where a value was born that is not finite, if that was in this update."""
+        last = self._last_inquiry()
+        return last if last is not None and last.step == step else None
 
     def patience(self, rule: str) -> int:
         """Records for which a rule may be silent before what it found is over: as for its incidents."""

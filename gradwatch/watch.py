@@ -38,7 +38,7 @@ from gradwatch.present import words
 from gradwatch.present.console import ConsoleSink
 from gradwatch.present.report import summary, table, verdict
 from gradwatch.protect.actor import MAX_SKIPS, Actor, Policy, Reaction
-from gradwatch.records import Alert, Sampling, StepRecord
+from gradwatch.records import Alert, Inquiry, Sampling, StepRecord
 
 logger = logging.getLogger("gradwatch")
 logger.addHandler(logging.NullHandler())
@@ -148,6 +148,7 @@ class GradWatch:
             self._rules,
             self._incidents,
             history=_weakly(self._own_history),
+            last_inquiry=_weakly(self._last_inquiry),
             is_full=_weakly(self._is_full),
             tell=_weakly(self._tell),
             notice=_weakly(self._notice),
@@ -550,6 +551,9 @@ class GradWatch:
         assert self._history is not None
         return self._history.next_row()
 
+    def _last_inquiry(self) -> Inquiry | None:
+        return self._inquest.last if self._inquest is not None else None
+
     def _own_alerts(self) -> tuple[Alert, ...]:
         return self._incidents.alerts
 
@@ -597,7 +601,7 @@ class GradWatch:
     def _judge(self, history: History) -> None:
         also = self._actor.take_findings() if self._actor is not None else ()
         inquest = self._inquest
-        for alert in self._incidents.judge(history, also, inquest.last if inquest is not None else None):
+        for alert in self._incidents.judge(history, also, self._last_inquiry()):
             if inquest is not None and self._recorder is not None:
                 alert = self._incidents.trace(alert, self._recorder.explain(alert))
             if alert.state == "open" and self._recorder is not None:

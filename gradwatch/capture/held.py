@@ -25,7 +25,7 @@ from gradwatch.capture.copying import Ours
 from gradwatch.records import Alert, Inquiry
 
 LIMIT = 2**26
-"""Bytes of deltas that are held, and of inputs beyond those of the last call: 64 MB, by design."""
+"""Bytes of deltas of a call that are held, of its outputs, and of inputs beyond those of the last call: 64 MB, by design."""
 
 CALLS = 64
 """Calls that are held while no backward reaches them: what an update of many forward passes has; after an evaluation that nobody put
@@ -55,6 +55,7 @@ class Call:
         generators: the same of other devices.
         autocast: (device type, dtype) of what autocast was on, then.
         site: file and line that called it, outside torch; ("", 0): not known.
+        outputs: output -> what it was, without its graph, and its version; those that are not too large.
         nodes: output -> sequence number of the autograd node that made it, by its number among the outputs.
         deltas: output -> the gradient with respect to it.
         used: numbers of the outputs through which a backward has gone.
@@ -71,6 +72,7 @@ class Call:
     generators: dict[int, Tensor] = field(default_factory=dict)
     autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
     site: tuple[str, int] = ("", 0)
+    outputs: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     deltas: dict[int, Tensor] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
@@ -303,13 +305,16 @@ class Held:
         if call.root != root:
             return
         self.running.pop()
-        ref = weakref.ref(call)
+        ref, held = weakref.ref(call), 0
         for number, tensor in enumerate(tensors_of(output)):
             if number >= OUTPUTS:
                 break
             node = tensor.grad_fn
             if node is not None and not (tensor.is_meta or not private.is_ordinary()):
                 call.nodes[number] = private.sequence_number(node)
+                held += tensor.numel() * tensor.element_size()
+                if held <= LIMIT:
+                    call.outputs[number] = tensor.detach(), private.version_or_zero(tensor)
                 node.register_prehook(_Catch(ref, number, tensor.output_nr).take)
 
     # -- a backward pass -----------------------------------------------------------------------------------------------------------
@@ -330,6 +335,7 @@ class Held:
         reached = self.reached()
         for call in reached:
             call.deltas.clear()
+            call.outputs.clear()
         if len(reached) > 1:
             self.calls = [call for call in self.calls if not call.reached or call is reached[-1]]
             self._nbytes = sum(call.nbytes for call in self.calls[:-1])

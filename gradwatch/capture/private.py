@@ -330,6 +330,11 @@ def children(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     return module._modules
 
 
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody has registered hooks on a tensor's gradient."""
+    return bool(getattr(tensor, "_backward_hooks", None))
+
+
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """The dictionary of a module's own parameters, live."""
     return module._parameters

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradwatch.capture import private
 from gradwatch.capture.held import Call, Case
 from gradwatch.investigate import graph, mend, telling
 from gradwatch.investigate.frames import USER, kind_of
@@ -190,19 +191,33 @@ def boundary(calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(number for call in calls for number in call.nodes.values() if number >= 0)
 
 
+def _came_out(case: Case) -> bool | None:
+    """Whether what the models put out was finite when it happened; None: not known."""
+    known = True
+    for call in case.calls:
+        for number in call.nodes:
+            held = call.outputs.get(number)
+            if held is None or private.version_or_zero(held[0]) != held[1]:
+                known = False
+            elif look(held[0]):
+                return False
+    return True if known else None
+
+
 def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: graph.Suspect | None) -> Inquiry | None:
     if not case.calls:
         return None
     if case.loss_is_bad and loss_by is not None:
         return _suspected(case, [loss_by])
+    came_out = _came_out(case)
+    if case.loss_is_bad and came_out is not True:
+        return None  # not without a doubt
     part = graph.outside(case.roots, boundary(case.calls), frozenset(case.parameters))
     bad: set[Any] = {number for call in case.calls for i, number in call.nodes.items() if i in call.deltas and look(call.deltas[i])}
     if not bad:
-        private = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
-        bad = set(private)
+        bad = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
     if not bad:
-        fine = case.loss_is_bad and outcomes and not any(outcome.outputs for _, outcome in outcomes)
-        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if fine else None
+        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if case.loss_is_bad else None
     return _suspected(case, graph.suspects(part, bad))
 
 
@@ -236,8 +251,9 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
         return Inquiry(case.step, None, f"The model was not run again: {refused}.")
     if failed:
         return Inquiry(case.step, None, f"The model could not be run again ({failed}).")
-    if not ran or any(outcome.bad_deltas for outcome in ran):
+    if not ran or (not case.loss_is_bad and any(outcome.bad_deltas for outcome in ran)):
         return Inquiry(case.step)
+    hooked = [name for key, (name, p) in case.parameters.items() if key in case.bad and private.has_hooks(p)]
     changed = [what for call, _ in outcomes for what in telling.changed_inputs(call)]
     hidden = [name for _, outcome in outcomes for name in outcome.changed]
     draws = list(dict.fromkeys(name for _, outcome in outcomes for name in outcome.draws))
@@ -247,6 +263,8 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
         why = f"the model keeps state between forward passes ({', '.join(hidden[:3])})"
     elif draws:
         why = f"the forward pass draws from {' and '.join(draws)}, whose state is not kept"
+    elif hooked and not case.loss_is_bad:
+        why = f"there are hooks on {', '.join(hooked[:3])}, which are not run again"
     else:
         why = "suspect nondeterminism or hardware"
     return Inquiry(case.step, None, f"Not reproduced when the update was run again: {why}.")

@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 from gradwatch.capture.acting import Due
 from gradwatch.clip import Clipper, GlobalNorm, Gradients, NormClipper, norms_of
 from gradwatch.protect.skip import LeftOut
-from gradwatch.records import Acted, Finding, NonFiniteGradientError, RuleError, SkipReason
+from gradwatch.records import Acted, Finding, Inquiry, NonFiniteGradientError, RuleError, SkipReason
 
 Reaction = float | Clipper | Literal["skip", "raise"]
 """What to do when a rule finds something: clip (to a `max_norm`, or by a clipper), leave the step out, raise."""
@@ -40,6 +40,10 @@ class Judge(Protocol):
 
     def patience(self, rule: str) -> int:
         """Records for which a rule may be silent before what it found is over."""
+        ...
+
+    def inquiry(self, step: int) -> Inquiry | None:
+        """What was found out about where a value of this update was born that is not finite; None for nothing."""
         ...
 
     def story(self) -> str:
@@ -306,6 +310,9 @@ class Actor:
         due.write_provisional()
         first = next(iter(self._judge.foresee(CAUSES)), None)
         why = f" First of all, {first.message}." if first is not None and first.rule != "non_finite_gradient" else ""
+        inquiry = self._judge.inquiry(due.step)
+        if inquiry is not None and inquiry.cause:
+            why = f"{why} {inquiry.cause}"
         text = (
             f"step {due.step}: the gradient is not finite in {', '.join(bad[:3])}{more} ({len(bad)} of {len(due.names)} parameters of "
             f"{type(due.optimizer).__name__}).{why} "
@@ -324,6 +331,7 @@ class Actor:
             parameters=tuple(bad),
             rule=first.rule if first is not None else "non_finite_gradient",
             layers=first.layers if first is not None else (),
+            origin=inquiry.origin if inquiry is not None else None,
         )
 
     def _stopped(self, due: Due, mine: _Of, finding: Finding) -> str:

@@ -1,0 +1,199 @@
+"""What could not be found out is said so, and why."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradwatch import GradWatch, NonFiniteGradientError
+from gradwatch.records import Alert
+
+
+class Net(nn.Module):
+    """`middle` runs between two layers."""
+
+    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.middle = middle
+        self.now = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.middle(self, self.a(x)))
+
+
+def alert_of(model: nn.Module, at: int = 3, prepare: Callable[[int], None] = lambda i: None, **options: Any) -> Alert:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False, **options) as watch:
+        for i in range(6):
+            prepare(i)
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    assert watch.notices == ()
+    (alert,) = watch.alerts
+    assert alert.step == at
+    return alert
+
+
+def test_a_value_that_does_not_come_back() -> None:
+    runs: list[int] = []
+
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        runs.append(1)
+        return h * torch.nan if len(runs) == 4 else h  # a bit that flipped, once
+
+    alert = alert_of(Net(middle))
+    assert alert.origin is None
+    assert alert.cause == "Not reproduced when the update was run again: suspect nondeterminism or hardware."
+
+
+def test_hidden_state_is_named() -> None:
+    def middle(model: Any, h: Tensor) -> Tensor:
+        model.now += 1
+        return h * torch.nan if model.now == 4 else h
+
+    alert = alert_of(Net(middle))
+    assert alert.origin is None
+    assert alert.cause == "Not reproduced when the update was run again: the model keeps state between forward passes (now)."
+
+
+def test_a_generator_outside_torch_is_named() -> None:
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        return h * torch.nan if random.random() + np.random.rand() < 1e-9 else h
+
+    first = iter([0.5] * 6 + [0.0, 0.0] + [0.5] * 100)
+    real_random, real_rand = random.random, np.random.rand
+
+    def fake() -> float:
+        real_random()
+        real_rand()
+        return next(first)
+
+    random.random = np.random.rand = fake  # type: ignore[assignment]
+    try:
+        alert = alert_of(Net(middle))
+    finally:
+        random.random, np.random.rand = real_random, real_rand
+    assert alert.origin is None
+    assert alert.cause == (
+        "Not reproduced when the update was run again: the forward pass draws from random and numpy.random, whose state is not kept."
+    )
+
+
+def test_an_input_that_was_changed_in_place_is_named() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.bad = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            # The loss takes the root of a number below 0 only where the sign is still there.
+            out = self.layer(torch.log(x) if self.bad else x * 1.0)
+            x.abs_()
+            return out
+
+    model = InPlace()
+    alert = alert_of(model, prepare=lambda i: setattr(model, "bad", i == 3))
+    assert alert.origin is None
+    assert "the input `x` was changed in place after the model was given it" in alert.cause
+
+
+def test_a_hook_on_a_parameter_is_not_run_again_and_is_named() -> None:
+    model = Net(lambda model, h: h)
+    state = {"bad": False}
+    model.a.weight.register_hook(lambda grad: grad / 0.0 if state["bad"] else grad)
+    alert = alert_of(model, prepare=lambda i: state.update(bad=i == 3))
+    assert alert.origin is None
+    assert "hooks on a.weight, which are not run again" in alert.cause
+
+
+def test_an_error_that_was_asked_for_knows_the_origin() -> None:
+    model = Net(lambda model, h: torch.log(torch.relu(h)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False, on_nonfinite="raise"):
+        model(torch.randn(8, 4)).square().mean().backward()
+        with pytest.raises(NonFiniteGradientError, match=r"aten::log .*test_honest\.py:\d+") as caught:
+            optimizer.step()
+    origin = caught.value.origin
+    assert origin is not None
+    assert (origin.module, origin.op, origin.phase) == ("", "aten::log", "forward")
+
+
+def test_of_a_training_that_diverges_the_learning_rate_is_the_cause() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    with GradWatch(model, console=False) as watch:
+        for _ in range(40):
+            optimizer.zero_grad()
+            (model(torch.randn(8, 4)) - 3).square().mean().backward()
+            optimizer.step()
+    alert = next(alert for alert in watch.alerts if alert.rule.startswith("non_finite"))
+    assert alert.cause.startswith("The training diverged")
+    assert "learning rate" in alert.remedy
+
+
+@pytest.mark.parametrize("origin", [False, None])
+def test_it_can_be_switched_off(origin: bool | None) -> None:
+    alert = alert_of(Net(lambda model, h: torch.log(torch.relu(h))), at=0, origin=origin)
+    assert (alert.origin is None) is (origin is False)
+
+
+def test_a_bad_argument_is_told() -> None:
+    with pytest.raises(TypeError, match=r"origin='yes'.*needs True, False, or None"):
+        GradWatch(nn.Linear(2, 2), origin="yes")  # type: ignore[arg-type]
+
+
+def test_it_is_asked_once_an_incident(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradwatch.investigate import inquest
+
+    asked = []
+    real = inquest.investigate
+    monkeypatch.setattr(inquest, "investigate", lambda *args: (asked.append(1), real(*args))[1])
+    alert_of(Net(lambda model, h: torch.log(torch.relu(h))), at=0)
+    assert len(asked) == 1
+
+
+def test_a_scaler_that_collapses_is_traced_to_its_nan() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda model, h: torch.log(torch.relu(h)) * 1e-9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu")
+    with GradWatch(model, console=False) as watch:
+        for _ in range(30):
+            optimizer.zero_grad()
+            # The loss is finite: what is bad is left out of it, but not of its derivative.
+            scaler.scale(model(torch.randn(8, 4)).nan_to_num(0.0, 0.0, 0.0).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    alert = next(alert for alert in watch.alerts if alert.rule == "loss_scale_collapse")
+    assert alert.origin is not None
+    assert alert.origin.op == "aten::log"
+
+
+def test_in_a_compiled_model_the_module_is_told() -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(torch.relu(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Log(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        compiled = torch.compile(model, backend="aot_eager")
+        optimizer.zero_grad()
+        compiled(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    alert = watch.alerts[0]
+    assert alert.rule == "non_finite_activation"
+    assert alert.layers == ("1",)
+    assert watch.notices == ()
