@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import gradwatch
 
-DEMO_CASES = ("vanishing", "exploding")
+DEMO_CASES = ("vanishing", "exploding", "silent-nan")
 """Named here too, so that the help comes without loading torch."""
 
 _TAKES_A_VALUE = ("--clip", "--on-nonfinite")

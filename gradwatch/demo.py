@@ -144,6 +144,45 @@ def network(activation: Callable[[], nn.Module], seed: int, std: float | None = 
     return nn.Sequential(layers)
 
 
+class Contrast(nn.Module):
+    """Brings what is embedded of each context to mean 0 and standard deviation 1 over its characters; what does not vary stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[BATCH, CONTEXT, features]` to the same shape."""
+        x = x - x.mean(1, keepdim=True)
+        var = x.square().mean(1, keepdim=True)
+        std = torch.where(var > 0, var.sqrt(), 1.0)
+        return x / std
+
+
+class MendedContrast(nn.Module):
+    """The same, with the line mended as the watch proposes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[BATCH, CONTEXT, features]` to the same shape."""
+        x = x - x.mean(1, keepdim=True)
+        var = x.square().mean(1, keepdim=True)
+        std = torch.where(var > 0, torch.where(var > 0, var, 1.0).sqrt(), 1.0)
+        return x / std
+
+
+def normalised(contrast: nn.Module, seed: int) -> nn.Sequential:
+    """A network of two layers behind an embedding that is normalised by `contrast`."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        OrderedDict(
+            embed=nn.Embedding(ALPHABET, 16),
+            contrast=contrast,
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(16 * CONTEXT, WIDTH),
+            act1=nn.ReLU(),
+            linear2=nn.Linear(WIDTH, WIDTH),
+            act2=nn.ReLU(),
+            head=nn.Linear(WIDTH, ALPHABET),
+        )
+    )
+
+
 @dataclass
 class Run:
     """A training and what came of it.
@@ -221,7 +260,30 @@ def exploding(page: _Page, lesson: Lesson) -> None:
     )
 
 
-CASES: dict[str, Callable[[_Page, Lesson], None]] = {"vanishing": vanishing, "exploding": exploding}
+def silent_nan(page: _Page, lesson: Lesson) -> None:
+    """A derivative that is NaN though every value and the loss are finite, and the same network with the line mended."""
+    page.head("A network whose embedding is normalised, where it varies")
+    page.say(
+        "Contexts of sixteen spaces do not vary. For them `torch.where` takes 1 in place of the root of 0, so that every value is finite, "
+        "and so is the loss. The derivative of the root is not:",
+        gap=False,
+    )
+    page.gap()
+    sick = train(normalised(Contrast(), lesson.seed), lesson, page.console)
+    losses = sick.watch.history.stat("loss")
+    finite = int(np.isfinite(losses).argmin()) if not np.isfinite(losses).all() else UPDATES
+    bad = sick.alarms[0][0].parameters if sick.alarms else ()
+    page.say(
+        f"In update {sick.alarms[0][0].step if sick.alarms else 0} the loss was {words.number(float(losses[finite - 1]))}, and the gradient NaN in "
+        f"{words.listed(list(bad)) if bad else 'no weight'}: the step made NaN of these weights, and every loss from update {finite} on is NaN. "
+        f"{_told(sick)}"
+    )
+    page.head("The line mended as it proposed, all else the same")
+    well = train(normalised(MendedContrast(), lesson.seed), lesson, page.console)
+    page.say(f"{_course(well, lesson)} {_told(well)}")
+
+
+CASES: dict[str, Callable[[_Page, Lesson], None]] = {"vanishing": vanishing, "exploding": exploding, "silent-nan": silent_nan}
 
 
 def _course(run: Run, lesson: Lesson) -> str:
@@ -255,9 +317,12 @@ class _Page:
         self._parts += 1
         self._print(Text(f"\n{self._parts}. {title}\n", "bold"))
 
-    def say(self, paragraph: str) -> None:
+    def say(self, paragraph: str, *, gap: bool = True) -> None:
         lines = words.wrapped(paragraph, self.console.width)
-        self._print(Text("\n".join(["", *lines])))
+        self._print(Text("\n".join(["", *lines] if gap else lines)))
+
+    def gap(self) -> None:
+        self._print(Text(""))
 
     def code(self, source: str) -> None:
         self._print(Text("\n".join(f"    {line}".rstrip() for line in source.splitlines())))

@@ -18,6 +18,7 @@ TORCH, LIBRARY, USER = range(3)
 
 _HERE = str(Path(__file__).parent.parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_DEMO = _HERE + "demo"
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _CALL = private.call_code()
 _ENGINE = str(Path(torch.autograd.__file__).parent)
@@ -116,7 +117,10 @@ def _named(frame: FrameType, known: Container[int]) -> int:
 
 
 def kind_of(file: str) -> int:
-    """Whose code a file holds: torch's or ours or Python's (`TORCH`), another package's (`LIBRARY`), or the user's (`USER`)."""
+    """Whose code a file holds: torch's or ours or Python's (`TORCH`), another package's (`LIBRARY`), or the user's (`USER`), for whom the
+    demo stands."""
+    if file.startswith(_DEMO):
+        return USER
     if file.startswith((_TORCH, _HERE)) or (file.startswith("<") and not file.startswith("<ipython")):
         return TORCH
     if "site-packages" in file or "dist-packages" in file:

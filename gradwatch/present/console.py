@@ -216,15 +216,17 @@ def _finished(line: _Line, encoding: str, width: int) -> Iterator[Text]:
 
 def _wrapped(line: Text, width: int) -> Iterator[Text]:
     """The line, broken between words at `width` cells, continuations indented. A longer word stays whole."""
+    start = len(line.plain) - len(line.plain.lstrip(" "))
+    indent = _INDENT if start <= len(_INDENT) else " " * (start + len(_INDENT))
     breaks, used = [], 0
     for word in re.finditer(r"(?:\S|\N{NO-BREAK SPACE})+[^\S\N{NO-BREAK SPACE}]*|^\s+", words.bound(line.plain)):
-        if used > len(_INDENT) and used + cell_len(word[0].rstrip()) > width:
+        if used > len(indent) and used + cell_len(word[0].rstrip()) > width:
             breaks.append(word.start())
-            used = len(_INDENT)
+            used = len(indent)
         used += cell_len(word[0])
     for i, row in enumerate(line.divide(breaks)):
         row.rstrip()
-        yield Text(_INDENT).append_text(row) if i else row
+        yield Text(indent).append_text(row) if i else row
 
 
 # -- which incident ----------------------------------------------------------------------------------------------------------------

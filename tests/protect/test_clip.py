@@ -33,6 +33,9 @@ class NoRules:
     def is_open(self, rule: str) -> bool:
         return False
 
+    def inquiry(self, step: int) -> None:
+        return None
+
     def story(self) -> str:
         return ""
 
