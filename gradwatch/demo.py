@@ -271,12 +271,11 @@ def silent_nan(page: _Page, lesson: Lesson) -> None:
     page.gap()
     sick = train(normalised(Contrast(), lesson.seed), lesson, page.console)
     losses = sick.watch.history.stat("loss")
-    finite = int(np.isfinite(losses).argmin()) if not np.isfinite(losses).all() else UPDATES
-    bad = sick.alarms[0][0].parameters if sick.alarms else ()
+    lost = int(np.append(~np.isfinite(losses), True).argmax())
+    step, bad = (sick.alarms[0][0].step, list(sick.alarms[0][0].parameters)) if sick.alarms else (0, [])
     page.say(
-        f"In update {sick.alarms[0][0].step if sick.alarms else 0} the loss was {words.number(float(losses[finite - 1]))}, and the gradient NaN in "
-        f"{words.listed(list(bad)) if bad else 'no weight'}: the step made NaN of these weights, and every loss from update {finite} on is NaN. "
-        f"{_told(sick)}"
+        f"In update {step} the loss was {words.number(float(losses[step]))}, and the gradient NaN in "
+        f"{words.listed(bad) or 'no weight'}: the step made NaN of these weights, and every loss from update {lost} on is NaN. {_told(sick)}"
     )
     page.head("The line mended as it proposed, all else the same")
     well = train(normalised(MendedContrast(), lesson.seed), lesson, page.console)

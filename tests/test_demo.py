@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
@@ -148,14 +149,31 @@ def test_large_weights_explode_and_clipping_helps(shown: Shown) -> None:
     assert float(scaled[2]) == pytest.approx(1 / float(norm[1]), rel=0.05)
 
 
+def test_a_silent_nan_is_named_and_its_mend_mends(shown: Shown) -> None:
+    sick, well = shown.parts[5], flat(shown.parts[6])
+    line = next(number for number, text in enumerate(inspect.getsource(demo).splitlines(), 1) if "var.sqrt(), 1.0)" in text)
+    assert f"The derivative of aten::sqrt in contrast at demo.py:{line}" in flat(sick)
+    assert "NaN in embed.weight: the step made NaN of these weights, and every loss from update 1 on is NaN." in flat(sick)
+    removed, added = (re.search(rf"^    {re.escape(mark)} (.+)$", sick, re.M) for mark in "-+")
+    assert removed is not None
+    assert added is not None
+    assert removed[1] in inspect.getsource(demo.Contrast)
+    assert added[1] in inspect.getsource(demo.MendedContrast), "what is shown next is what was proposed"
+    assert inspect.getsource(demo.Contrast.forward).replace(removed[1], added[1]) == inspect.getsource(demo.MendedContrast.forward)
+    first, last = losses(well)
+    assert last < 0.9 * blind() < first
+    assert "✓ gradwatch: healthy after 500 updates" in well
+
+
 def test_it_fits_the_screen_and_the_minute(shown: Shown) -> None:
     lines = shown.text.splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) < 150
+    assert len(lines) < 180
     assert not any(line.endswith(" ") for line in lines)
     assert shown.seconds < SECONDS
-    assert not re.search(r"\x1b|Traceback|\bnan\b|\binf\b|NaN|Inf\b", shown.text)
-    assert len(shown.parts) == 6
+    assert not re.search(r"\x1b|Traceback|\bnan\b|\binf\b", shown.text)
+    assert not re.search(r"NaN|Inf\b", "".join(shown.parts[:5] + shown.parts[6:])), "but where it is about them"
+    assert len(shown.parts) == 8
 
 
 def test_one_case_alone_with_another_seed_in_ascii() -> None:
@@ -171,7 +189,7 @@ def test_the_help_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["demo", "--help"])
     assert end.value.code == 0
-    assert "{vanishing,exploding}" in capsys.readouterr().out
+    assert "{vanishing,exploding,silent-nan}" in capsys.readouterr().out
 
 
 def test_a_lesson_asks_for_the_character_that_follows() -> None:

@@ -133,6 +133,13 @@ def _span(node: ast.expr) -> Span:
     return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
 
 
+def _operand(source: list[str], node: ast.expr) -> Span:
+    """The span of what a method is called on or an operator works on, with the parentheses around it."""
+    first, start, last, end = _span(node)
+    head, tail = source[first - 1].encode()[:start].decode(), source[last - 1].encode()[end:].decode()
+    return (first, start - 1, last, end + 1) if head.endswith("(") and tail.startswith(")") else (first, start, last, end)
+
+
 def _text(source: list[str], node: ast.expr) -> str:
     return ast.get_source_segment("\n".join(source), node) or ast.unparse(node)
 
@@ -185,8 +192,7 @@ def _is_method(node: ast.Call) -> bool:
 
 def _closed(text: str, node: ast.expr) -> str:
     """In parentheses where something can be called on it only then."""
-    simple = (ast.Name, ast.Attribute, ast.Call, ast.Subscript)
-    return text if isinstance(node, simple) or text.startswith("(") else f"({text})"
+    return text if isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript)) else f"({text})"
 
 
 # -- mends -------------------------------------------------------------------------------------------------------------------------
@@ -201,7 +207,8 @@ def _argument(names: tuple[str, ...], new: Callable[[str, ast.expr, bool, Culpri
         if isinstance(node, ast.Call) and _called(node) in names:
             inner = _subject(node)
             if inner is not None:
-                yield Edit(_span(inner), new(_text(source, inner), inner, _is_method(node), culprit))
+                span = _operand(source, inner) if _is_method(node) else _span(inner)
+                yield Edit(span, new(_text(source, inner), inner, _is_method(node), culprit))
 
     return make
 
@@ -222,8 +229,7 @@ def _root(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]
     yield from _argument(("sqrt", "sqrt_", "rsqrt", "pow"), _plus_eps)(node, culprit, source)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         inner = node.left
-        text = _text(source, inner)
-        yield Edit(_span(inner), f"({text} + {EPS})" if not text.startswith("(") else f"({text[1:-1]} + {EPS})")
+        yield Edit(_operand(source, inner), f"({_text(source, inner)} + {EPS})")
 
 
 def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -235,12 +241,12 @@ def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
         divisor = arguments[0] if arguments else None
     if divisor is None:
         return
-    text = _text(source, divisor)
+    text, span = _text(source, divisor), _operand(source, divisor) if isinstance(node, ast.BinOp) else _span(divisor)
     if culprit.tensors < 2:
         if not isinstance(divisor, ast.Constant):
-            yield Edit(_span(divisor), f"max({text}, {EPS})")
+            yield Edit(span, f"max({text}, {EPS})")
     elif culprit.low >= 0:
-        yield Edit(_span(divisor), f"{_closed(text, divisor)}.clamp_min({EPS})")
+        yield Edit(span, f"{_closed(text, divisor)}.clamp_min({EPS})")
 
 
 def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:

@@ -1,0 +1,213 @@
+"""What cut a gradient's way, and the line of a softmax that is one too many."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradwatch import GradWatch
+from gradwatch.records import Alert
+
+
+class Net(nn.Module):
+    """`middle` runs between two layers."""
+
+    def __init__(self, middle: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = nn.Linear(4, 4), nn.Linear(4, 2), middle
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.middle(self.a(x)))
+
+
+def alert_of(model: nn.Module, rule: str = "missing_gradient", loss: Callable[[Any], Tensor] | None = None) -> Alert:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    target = torch.arange(8) % 2
+    with GradWatch(model, console=False) as watch:
+        for _ in range(14):
+            optimizer.zero_grad()
+            out = model(torch.randn(8, 4))
+            (F.cross_entropy(out, target) if loss is None else loss(out)).backward()
+            optimizer.step()
+    assert watch.notices == ()
+    (alert,) = [alert for alert in watch.alerts if alert.severity >= 30]
+    assert alert.rule == rule
+    return alert
+
+
+def guilty(function: Callable[..., Any]) -> str:
+    lines, first = inspect.getsourcelines(function)
+    return f"test_causes.py:{next(first + i for i, line in enumerate(lines) if '# guilty' in line)}"
+
+
+def detached(h: Tensor) -> Tensor:
+    return h.detach().tanh()  # guilty
+
+
+def data(h: Tensor) -> Tensor:
+    return h.data * 2  # guilty
+
+
+def no_grad(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.relu(h)  # guilty
+
+
+@torch.no_grad()
+def decorated(h: Tensor) -> Tensor:
+    return torch.relu(h)  # guilty
+
+
+def argmax(h: Tensor) -> Tensor:
+    return F.one_hot(h.argmax(-1), 4).float()  # guilty
+
+
+def comparison(h: Tensor) -> Tensor:
+    return (h > 0).float()  # guilty
+
+
+def rounded(h: Tensor) -> Tensor:
+    return h.long().float()  # guilty
+
+
+def through_numpy(h: Tensor) -> Tensor:
+    return torch.from_numpy(h.detach().numpy())  # guilty
+
+
+def item(h: Tensor) -> Tensor:
+    return torch.ones(8, 4) * h.mean().item()  # guilty
+
+
+@pytest.mark.parametrize(
+    ("middle", "says"),
+    [
+        (detached, "detach()"),
+        (data, ".data"),
+        (no_grad, "no_grad()"),
+        (decorated, "no_grad()"),
+        (argmax, "argmax"),
+        (comparison, "gt"),
+        (rounded, "long"),
+        (through_numpy, "numpy()"),
+        (item, "item()"),
+    ],
+)
+def test_what_cut_the_way_is_named_with_its_line(middle: Callable[[Tensor], Tensor], says: str) -> None:
+    alert = alert_of(Net(middle))
+    assert alert.layers == ("a",)
+    assert f"{says} at {guilty(middle)}" in alert.cause
+    assert alert.remedy.splitlines()[1:]
+
+
+def test_a_detach_is_shown_as_a_line_to_be_taken_out() -> None:
+    diff = alert_of(Net(detached)).remedy.splitlines()[1:]
+    assert diff == ["- return h.detach().tanh()  # guilty", "+ return h.tanh()  # guilty"]
+
+
+def test_a_comparison_beside_the_way_cuts_nothing() -> None:
+    """What is cut is the way of the loss: an output that is not used, and what depends on them beside it, is told as such."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.a(x)
+            return {"logits": self.b(x), "aux": h * (h > 0)}
+
+    alert = alert_of(Two(), loss=lambda out: F.cross_entropy(out["logits"], torch.arange(8) % 2))
+    assert (
+        alert.cause
+        == "The output `output['aux']` depends on them and the loss does not, or it is detached on the way, outside the model."
+    )
+
+
+def test_the_output_that_is_used_decides() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x)
+            return self.b(h.detach()), h  # guilty
+
+    alert = alert_of(Two(), loss=lambda out: F.cross_entropy(out[0], torch.arange(8) % 2))
+    assert "detach() at test_causes.py" in alert.cause
+
+
+def test_what_leads_nowhere_is_told() -> None:
+    alert = alert_of(Net(lambda h: torch.ones(8, 4)))
+    assert alert.cause == "They are used in the forward pass, but nothing that the model puts out depends on the result."
+
+
+def test_a_module_that_is_never_called_has_no_way_that_could_be_cut() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x)
+
+    torch.manual_seed(0)
+    model = Unused()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradWatch(model, console=False) as watch:
+        for _ in range(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 2).backward()
+            optimizer.step()
+    (alert,) = watch.alerts
+    assert alert.cause == "Nothing in the forward pass calls their modules."
+
+
+def test_the_softmax_that_is_one_too_many_is_shown() -> None:
+    class Probabilities(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.softmax(self.layer(x), dim=1)  # guilty
+
+    alert = alert_of(Probabilities(), rule="double_softmax")
+    assert f"the softmax is applied at {guilty(Probabilities.forward)}" in alert.cause
+    assert alert.remedy.splitlines()[1:] == [
+        "- return F.softmax(self.layer(x), dim=1)  # guilty",
+        "+ return self.layer(x)  # guilty",
+    ]
+
+
+def test_a_softmax_that_is_a_module_of_torch_has_no_line() -> None:
+    alert = alert_of(nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1)), rule="double_softmax")
+    assert alert.layers == ("1",)
+    assert "\n" not in alert.remedy
+
+
+def test_to_look_changes_nothing() -> None:
+    def train(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Net(detached), nn.Dropout(0.5), nn.BatchNorm1d(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = GradWatch(model, console=False)
+        if watched:
+            watch.attach()
+        for _ in range(16):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        if watched:
+            watch.detach()
+            assert any("detach()" in alert.cause for alert in watch.alerts)
+        return [*model.state_dict().values(), torch.rand(2)]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(watched=False), train(watched=True), strict=True))
