@@ -35,6 +35,8 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
     for call in calls:
         try:
             outcome = replay(call, case.modules)
+            if _blames_what_it_wrote(outcome):
+                outcome = replay(call, case.modules, clean=True)
         except NotReplayable as why:
             refused = str(why)
             continue
@@ -98,6 +100,12 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     if root.given == "input":
         return _input(case, call, outcome, root)
     return _described(case, call, event, backward)
+
+
+def _blames_what_it_wrote(outcome: Outcome) -> bool:
+    """It is traced to a buffer that the forward pass writes, as running statistics are: what went wrong has spoilt it, and not it that."""
+    roots = [event.root for event in (*outcome.outputs, *outcome.gradients)]
+    return any(root.given == "buffer" and root.tensor is not None and address(root.tensor) in outcome.written for root in roots)
 
 
 def _came_bad(case: Case, outcome: Outcome) -> bool:

@@ -50,6 +50,7 @@ class Outcome:
         bad_deltas: the gradient that came back was bad already.
         backward: the backward was run, with every delta that came back.
         changed: attributes and buffers of modules that the forward pass changes: its hidden state.
+        written: addresses of buffers that the forward pass writes.
         draws: generators outside torch that it draws from.
     """
 
@@ -61,15 +62,17 @@ class Outcome:
     bad_deltas: bool = False
     backward: bool = False
     changed: list[str] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
     draws: list[str] = field(default_factory=list)
 
 
-def replay(call: Call, modules: Container[int] = ()) -> Outcome:
+def replay(call: Call, modules: Container[int] = (), clean: bool = False) -> Outcome:
     """Run a call again.
 
     Args:
         call: it.
         modules: ids of the modules that have a name.
+        clean: NaN and Inf in buffers become 0.
 
     Raises:
         NotReplayable: it cannot be, and why.
@@ -84,7 +87,7 @@ def replay(call: Call, modules: Container[int] = ()) -> Outcome:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         outside = stack.enter_context(generators(call))
-        stand_ins = stack.enter_context(StandIns(model))
+        stand_ins = stack.enter_context(StandIns(model, clean))
         given += [("parameter", alias) for alias in stand_ins.aliases.values()]
         given += [("buffer", buffer) for buffer in stand_ins.buffers]
         tracer = Tracer(modules, given, stop=_run.__code__)
@@ -95,6 +98,7 @@ def replay(call: Call, modules: Container[int] = ()) -> Outcome:
         with tracer:
             output = _run(model, args, kwargs)
         outcome.changed, outcome.draws = stand_ins.changes(), outside()
+        outcome.written = {address(buffer) for buffer in stand_ins.buffers if private.version_or_zero(buffer)}
         outputs = list(tensors_of(output))
         outcome.outputs = [event for tensor in outputs if look(tensor) and (event := tracer.event_of(tensor)) is not None]
         for kind, _ in call.autocast:  # as it is outside of the context, where the backward runs
@@ -249,12 +253,17 @@ class StandIns:
     """While it is entered, a model's parameters are aliases that share their memory, and its buffers are copies; what the forward pass
     changes in attributes of modules is put back.
 
+    Args:
+        model: it.
+        clean: NaN and Inf in buffers become 0.
+
     Attributes:
         aliases: by the id of the parameter.
         buffers: copies of the buffers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clean: bool = False) -> None:
+        self._clean = clean
         self._modules = [(name, module) for name, module in model.named_modules()]
         self.aliases: dict[int, Tensor] = {}
         self.buffers: list[Tensor] = []
@@ -302,7 +311,10 @@ class StandIns:
     def _copy(self, name: str, buffer: Tensor) -> Tensor:
         copy = self._copies.get(id(buffer))
         if copy is None:
-            copy = self._copies[id(buffer)] = buffer.detach().clone()
+            copy = buffer.detach().clone()
+            if self._clean and copy.is_floating_point():
+                copy = torch.nan_to_num(copy, 0.0, 0.0, 0.0)
+            self._copies[id(buffer)] = copy
             self._names[id(copy)] = name
             self.buffers.append(copy)
         return copy
