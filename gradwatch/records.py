@@ -142,6 +142,11 @@ class Origin:
     phase: Literal["forward", "backward", "input", "weight"]
     source: str = ""
 
+    @property
+    def is_complete(self) -> bool:
+        """There is no line to be found out any more: it is known, or it came from outside."""
+        return bool(self.source) or self.phase in ("input", "weight")
+
 
 TRACED = frozenset(
     {

@@ -13,6 +13,7 @@ from torch import nn
 import gradwatch
 from examples.guides.make_rules import guide
 from gradwatch import GradWatch, default_rules
+from tests.investigate import guide as origins
 
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(
@@ -22,6 +23,11 @@ SNIPPETS = re.findall(
 
 def test_the_guide_of_the_rules_is_what_their_docstrings_say() -> None:
     assert (ROOT / "examples/guides/rules.md").read_text(encoding="utf-8") == guide(), "run examples/guides/make_rules.py again"
+
+
+def test_the_guide_of_origins_is_what_the_planted_bugs_say() -> None:
+    written = (ROOT / "examples/guides/origins.md").read_text(encoding="utf-8")
+    assert written == origins.guide(), "run python -m tests.investigate.guide again"
 
 
 def test_the_readme_names_every_rule_and_no_other() -> None:

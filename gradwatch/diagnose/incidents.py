@@ -108,7 +108,10 @@ class Incidents:
         """Add to incidents that an inquiry is about what it found out; the alerts to send then."""
         for incident in self._incidents:
             alert = incident.alert
-            told = alert.origin is not None or (inquiry.origin is None and alert.cause == inquiry.cause)
+            known = alert.origin is not None and (
+                inquiry.origin is None or alert.origin.is_complete or not inquiry.origin.is_complete
+            )
+            told = known or (inquiry.origin is None and alert.cause == inquiry.cause)
             if alert.state != "open" or alert.rule not in TRACED or told or not alert.step <= inquiry.step <= alert.last_step:
                 continue
             if inquiry.origin is None and not inquiry.cause:

@@ -53,7 +53,7 @@ class Inquest:
         ]
         if by_scaler and not loss_is_bad:
             return any(alert.origin is None and alert.rule == "loss_scale_collapse" for alert in open_ones)
-        if any(alert.origin is not None for alert in open_ones):
+        if any(alert.origin is not None and alert.origin.is_complete for alert in open_ones):
             return False
         first = min((alert.step for alert in open_ones), default=0)
         return not open_ones or self._tracer is not None or self.last is None or self.last.step < first
