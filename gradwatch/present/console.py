@@ -83,7 +83,7 @@ class ConsoleSink:
         self._going_on[known] = (alert, told or risen)
         if risen:
             return [(_rise(before, alert),)]
-        if told and ((alert.origin is not None and before.origin is None) or (words.why(alert) and not words.why(before))):
+        if told and (alert.origin != before.origin or (words.why(alert) and not words.why(before))):
             return [(_cause_found(alert),), *_mend(alert)]
         return []
 

@@ -30,8 +30,9 @@ reaches no output, is no fault of the forward pass; if its derivative spoils the
 
 *Module, operator and line at once* is the rule for all that is born inside a model. *Operator only*: in the loss, outside the model, the
 autograd graph shows operators and no lines; while the loss is finite, one is told where only one there can have a derivative that is not.
-*On recurrence*: where several can, the next ten updates are traced as they run (some times slower), and the alert is completed
-when it happens again; for that the weights have to be good still, so ask for `on_nonfinite="skip"`, or leave bad updates out yourself.
+*On recurrence*: the next ten updates are traced as they run (some times slower), and the alert is completed, by the line or by which of several
+operators it was, when it happens again; for that the weights have to be good still, so ask for `on_nonfinite="skip"`, or leave bad
+updates out yourself.
 
 ## The mend
 
@@ -72,7 +73,13 @@ def guide() -> str:
             "operator only": "operator only, at once",
         }
         what = told[bug.told] if bug.op and bug.phase != "input" else "at once, with its rows"
-        module = f"`{bug.module}`" if bug.module else "the model" if bug.told == "at once" else "the loss"
+        module = (
+            f"`{bug.module}`"
+            if bug.module
+            else "the model"
+            if bug.told == "at once" and not (bug.phase == "input" and bug.op)
+            else "the loss"
+        )
         rows.append(f"| {bug.what} | {module} | {f'`{bug.op}`' if bug.op else ''} | {bug.phase} | {what} |")
     return TEXT.format(rows="\n".join(rows))
 

@@ -166,7 +166,7 @@ def masked_softmax() -> Training:
     return turning(squares(Body(Middle())))
 
 
-@planted("middle", "aten::div", "forward", "x / |x| at 0")
+@planted("middle", "aten::div", "forward", "x / ‖x‖ at 0")
 def normalised_zero() -> Training:
     class Middle(Turn):
         def forward(self, x: Tensor) -> Tensor:
@@ -690,5 +690,24 @@ def several_suspects() -> Training:
         out = model(batch(i))
         distance = torch.sqrt((out - (out.detach() if i >= AT else 1.0)).square().sum(-1)).mean()  # guilty
         return distance + torch.acos(torch.tanh(out) * 0.5).mean()
+
+    return Training(model, loss)
+
+
+@planted(
+    "",
+    "aten::sqrt",
+    "backward",
+    "the only suspect in the loss, while steps are left out",
+    told="on recurrence",
+    rule="non_finite_gradient",
+    options={"on_nonfinite": "skip"},
+)
+def one_suspect_again() -> Training:
+    model = Body(nn.Tanh())
+
+    def loss(i: int) -> Tensor:
+        out = model(batch(i))
+        return torch.sqrt((out - (out.detach() if i >= AT else 1.0)).square().sum(-1)).mean()  # guilty
 
     return Training(model, loss)

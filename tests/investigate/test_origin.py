@@ -45,7 +45,8 @@ def test_a_planted_bug_is_traced(bug: Planted, sampling: Sampling) -> None:
     assert origin.source == (bug.guilty if bug.told != "operator only" else ""), alert.cause
     for part in bug.says:
         assert part in alert.cause
-    assert sent[0].origin == (None if bug.told == "on recurrence" else origin)
+    first = sent[0].origin
+    assert first == (origin if bug.told != "on recurrence" else None) or (first is not None and first.source == "")
     assert sum(one.state == "open" for one in sent) == 1 + (bug.told == "on recurrence")
 
 
