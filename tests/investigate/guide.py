@@ -73,13 +73,8 @@ def guide() -> str:
             "operator only": "operator only, at once",
         }
         what = told[bug.told] if bug.op and bug.phase != "input" else "at once, with its rows"
-        module = (
-            f"`{bug.module}`"
-            if bug.module
-            else "the model"
-            if bug.told == "at once" and not (bug.phase == "input" and bug.op)
-            else "the loss"
-        )
+        elsewhere = "the loss" if bug.told != "at once" or (bug.op and bug.phase == "input") else "the model"
+        module = f"`{bug.module}`" if bug.module else elsewhere
         rows.append(f"| {bug.what} | {module} | {f'`{bug.op}`' if bug.op else ''} | {bug.phase} | {what} |")
     return TEXT.format(rows="\n".join(rows))
 
