@@ -325,7 +325,7 @@ def _guess(name: str, node: Any, of: str) -> float:
 
 def _readable(tensor: Tensor) -> bool:
     """Its values can be asked for: they are on no device that would have to be waited for, and it is what it seems."""
-    return type(tensor) in (Tensor, nn.Parameter) and on_host(tensor)
+    return type(tensor) in (Tensor, nn.Parameter) and on_host(tensor) and private.has_value(tensor)
 
 
 def _value(name: str, node: Any, reduction: str) -> float:

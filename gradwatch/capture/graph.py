@@ -151,7 +151,13 @@ def _is_off(node: Any) -> bool:
     if below.count(True) != 1:
         return False
     other = private.saved_tensor(node, "self" if below[0] else "other")
-    if other is None or type(other) is not Tensor or not on_host(other) or other.numel() > _CONSTANT:
+    if (
+        other is None
+        or type(other) is not Tensor
+        or not on_host(other)
+        or other.numel() > _CONSTANT
+        or not private.has_value(other)
+    ):
         return False
     return not bool(other.detach().any())
 

@@ -119,10 +119,13 @@ def saved_tensor(node: Any, name: str) -> Tensor | None:
         value = getattr(node, f"_saved_{name}", None) if raw is not None and raw.unpack_hook is None else None
     except (AttributeError, RuntimeError):
         return None
-    if not isinstance(value, Tensor):
-        return None
-    # A number that was given in place of a tensor is one, but under a dispatch mode no operator takes it for one (measured).
-    return None if value.dim() == 0 and watched_operators() else value
+    return value if isinstance(value, Tensor) else None
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Whether a tensor that an autograd node keeps can be computed with: a number that was given in place of one is kept as a tensor, but
+    while a dispatch mode watches operators none takes it for one (measured)."""
+    return tensor.dim() > 0 or not watched_operators()
 
 
 def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:

@@ -471,13 +471,7 @@ def _loss_stays(finding: Finding, history: History) -> tuple[str, str]:
 
 
 def _no_progress(history: History) -> tuple[str, str] | None:
-    """What is seen of targets, inputs and steps where nothing is learnt."""
-    meta = history.meta
-    if meta.criterion and meta.guess == 0.0:
-        return (
-            "All targets that were looked at are the same: there is nothing to be told apart.",
-            "Check how labels are read and batched: an index that is not advanced, a column that is constant.",
-        )
+    """What is seen of inputs and steps where nothing is learnt."""
     spread = history.stat("input_std")
     seen = spread[np.isfinite(spread)]
     if seen.size and float(np.median(seen)) == 0.0:

@@ -189,7 +189,7 @@ def born(part: Outside, outputs: Collection[int]) -> Suspect | None:
     for node in sorted(part.nodes, key=private.sequence_number):
         op = of_node(type(node).__name__)
         for key in _CONSTANTS:
-            value = private.saved_tensor(node, key)
+            value = _saved(node, key)
             if value is not None and look(value) and _is_constant(node, key):
                 return Suspect(op, node, given=key, values=value)
         if not all(_is_fine(below, fine) for below, _ in node.next_functions):
@@ -213,9 +213,14 @@ def _given(node: Any) -> list[tuple[Any, Tensor | None]]:
     """What is below a node, each with the value that came from there, where it is kept."""
     pairs = []
     for (below, _), keys in zip(node.next_functions, _POSITIONS, strict=False):
-        value = next((value for key in keys if (value := private.saved_tensor(node, key)) is not None), None)
+        value = next((value for key in keys if (value := _saved(node, key)) is not None), None)
         pairs.append((below, value))
     return pairs
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    value = private.saved_tensor(node, name)
+    return value if value is not None and private.has_value(value) else None
 
 
 def _is_output(node: Any, outputs: Collection[int]) -> bool:
@@ -238,14 +243,14 @@ def _is_constant(node: Any, key: str) -> bool:
 def _result(node: Any) -> Tensor | None:
     """What a node put out, where it keeps that or what it needs to compute it again."""
     for key in ("result", "result0", "output"):
-        value = private.saved_tensor(node, key)
+        value = _saved(node, key)
         if value is not None:
             return value
     again = _AGAIN.get(of_node(type(node).__name__))
-    given = private.saved_tensor(node, "self")
+    given = _saved(node, "self")
     if again is None or given is None:
         return None
-    other: Any = private.saved_tensor(node, "other")
+    other: Any = _saved(node, "other")
     with torch.no_grad():
         try:
             return again(given.detach(), other if other is not None else private.saved_number(node, "exponent"))

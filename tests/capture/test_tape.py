@@ -602,3 +602,22 @@ def test_a_watch_may_be_left_from_inside_what_it_watches(where: str) -> None:
     assert watch.notices == ()
     assert watch.history.recorded == (1 if where == "sink" else 0)
     assert torch.autograd.backward is ORIGINAL
+
+
+def test_a_backward_under_somebody_elses_dispatch_mode_is_watched() -> None:
+    """There a number that the graph keeps is no tensor to any operator."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gradwatch import GradWatch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradWatch(model, console=False) as watch:
+        for _ in range(4):
+            with FlopCounterMode(display=False):
+                optimizer.zero_grad()
+                ((model(torch.randn(3, 4)) * 2.0 - 1).square().mean() * 0.5).backward()
+                optimizer.step()
+    assert watch.notices == ()
+    assert watch.history.recorded == 4
