@@ -31,6 +31,9 @@ CALLS = 64
 """Calls that are held while no backward reaches them: what an update of many forward passes has; after an evaluation that nobody put
 under `no_grad` they are dropped, oldest first."""
 
+PARTS = 16
+"""Parts of a model that are hooked in its place where it never runs as a whole: what costs 10 us each (measured)."""
+
 OUTPUTS = 64
 """Tensors of one output that are asked for their delta."""
 
@@ -208,6 +211,8 @@ class Held:
         self.spent = 0.0
         self._nbytes = 0
         self._models: list[nn.Module] = []
+        self._roots: list[nn.Module] = []
+        self._entered: set[int] = set()
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
@@ -220,6 +225,22 @@ class Held:
 
     def scan(self, models: Sequence[nn.Module]) -> None:
         """Put hooks on the models, anew where there were some."""
+        if any(mine is not model for mine, model in zip(self._roots, models, strict=False)) or len(self._roots) != len(models):
+            self._roots = list(models)
+        elif len(self._models) > len(models):
+            models = self._models  # what was found to be called still is
+        self._put(models)
+
+    def descend(self) -> None:
+        """A backward has come from models none of whose forward passes were seen to begin: parts of them are called, as in a Lightning
+        module's `training_step`. From then on those parts count as the models, one level down at a time."""
+        if not self.on or self._entered or not self._models:
+            return
+        parts = [part for model in self._models for part in _parts_of(model)]
+        below = [part for part in parts if not any(part is model for model in self._models)]
+        self._put(parts if below and len(parts) <= PARTS else ())
+
+    def _put(self, models: Sequence[nn.Module]) -> None:
         self._take_out()
         self._models = list(models)
         for root, model in enumerate(models):
@@ -233,10 +254,12 @@ class Held:
     def remove(self) -> None:
         """Take the hooks out, and let go of everything."""
         self._take_out()
+        self._roots = []
         self.on = False
         self.release()
 
     def _take_out(self) -> None:
+        self._entered.clear()
         for model in self._models:
             private.take_out_hooks(model, self._is_mine)
         self._models = []
@@ -285,6 +308,7 @@ class Held:
         for kind in {"cpu", *(device.type for device in kinds)}:
             if torch.is_autocast_enabled(kind):
                 call.autocast.append((kind, torch.get_autocast_dtype(kind)))
+        self._entered.add(root)
         self._make_room()
         self.calls.append(call)
         begins = self._begins()
@@ -363,6 +387,15 @@ class _Catch:
             call.dropped = True
         else:
             call.deltas[self._number] = grad.detach()
+
+
+def _parts_of(model: nn.Module) -> list[nn.Module]:
+    """Its children, and those of lists among them, which are never called; itself where it has none."""
+    parts = []
+    for child in model.children():
+        listed = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        parts += _parts_of(child) if listed else [child]
+    return parts or [model]
 
 
 def tensors_of(thing: Any, depth: int = 6) -> Iterator[Tensor]:

@@ -669,6 +669,8 @@ class Recorder:
         self._roots = ()
         loss_is_bad = bool(draft.terms) and (math.isnan(draft.loss) or (math.isinf(draft.loss) and not draft.by_scaler))
         if not draft.nonfinite.any() and not loss_is_bad:
+            if not self.held.calls and not self.inside.hooks.compiled:
+                self.held.descend()
             self.held.thin_out()
             if self._ask is not None:
                 self._ask.was_fine()

@@ -95,7 +95,7 @@ def _answer(case: Case, cause: str, remedy: str, cut: Cut) -> Inquiry:
 
 def _ways(case: Case, parameters: Collection[int]) -> list[Way]:
     """The ways from parameters through the calls that are held, the last of each model."""
-    last: Mapping[int, Call] = {call.root: call for call in case.calls}
+    last: Mapping[int, Call] = {id(call.model): call for call in case.calls}
     ways = []
     for call in last.values():
         own = {id(parameter) for parameter in call.model.parameters()}

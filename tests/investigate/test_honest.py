@@ -197,3 +197,70 @@ def test_in_a_compiled_model_the_module_is_told() -> None:
     assert alert.rule == "non_finite_activation"
     assert alert.layers == ("1",)
     assert watch.notices == ()
+
+
+def test_a_model_of_which_only_parts_are_called() -> None:
+    """As a Lightning module's `training_step` does."""
+
+    class Log(nn.Module):
+        def forward(self, x: Tensor, bad: bool) -> Tensor:
+            return torch.log(torch.relu(x)) if bad else x
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+            self.between = nn.ModuleDict({"log": Log()})
+
+    torch.manual_seed(0)
+    model = Parts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        for i in range(6):
+            optimizer.zero_grad()
+            h = model.between["log"](model.layers[0](torch.randn(8, 4)), bad=i == 3)
+            model.layers[1](h).square().mean().backward()
+            optimizer.step()
+    assert watch.notices == ()
+    origin = watch.alerts[0].origin
+    assert origin is not None
+    assert (origin.module, origin.op, origin.phase) == ("between.log", "aten::log", "forward")
+
+
+def test_many_parts_are_too_many_to_be_hooked() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4) for _ in range(40)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        for i in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 4)
+            for layer in model:
+                x = layer(x)
+            (x * (torch.nan if i == 2 else 1.0)).sum().backward()
+            optimizer.step()
+        assert watch._recorder is not None
+        assert not watch._recorder.held.calls
+    assert watch.notices == ()
+    assert watch.alerts[0].origin is None
+
+
+def test_gradients_that_were_bad_before_are_not_taken_for_born() -> None:
+    """Of two micro-batches the first is bad, once; the second, which is traced as it runs, adds to it."""
+    runs: list[int] = []
+
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        runs.append(1)
+        return h * torch.nan if len(runs) == 5 else h
+
+    torch.manual_seed(0)
+    model = Net(middle)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        for _ in range(5):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    assert watch.notices == ()
+    assert watch.alerts[0].origin is None
+    assert "Not reproduced" in watch.alerts[0].cause
