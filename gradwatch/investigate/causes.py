@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 from gradwatch.capture.held import Call, Case
 from gradwatch.investigate import mend
+from gradwatch.investigate.again import NotReplayable
 from gradwatch.investigate.cuts import Cut, Way, follow
 from gradwatch.investigate.frames import USER, kind_of
-from gradwatch.investigate.replay import NotReplayable
 from gradwatch.records import Alert, Inquiry
 
 EXPLAINED = frozenset({"missing_gradient", "double_softmax"})

@@ -7,8 +7,6 @@ beside it: what counts is whether anything that the model puts out still depends
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from gradwatch.capture.held import Call, tensors_of
+from gradwatch.investigate.again import Again, again, named
 from gradwatch.investigate.frames import Place, here
-from gradwatch.investigate.replay import StandIns, copied_inputs, generators, named, refuse
 
 SQUASHES = frozenset({"softmax", "sigmoid", "log_softmax"})
 """Functions whose calls are remembered: a loss may apply them again."""
@@ -154,33 +152,20 @@ def follow(call: Call, parameters: Collection[int], modules: Container[int] = ()
         NotReplayable: it cannot be, and why.
         Exception: whatever it raises this time.
     """
-    refuse(call.model)
-    args, kwargs, _ = copied_inputs(call)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(generators(call))
-        stand_ins = stack.enter_context(StandIns(call.model))
-        for kind, dtype in call.autocast:
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
-        stack.enter_context(torch.enable_grad())
-        sources = [alias for key, alias in stand_ins.aliases.items() if key in parameters]
-        with Follower(sources, modules, stop=_run.__code__) as follower:
-            output = _run(call, args, kwargs)
-        way = Way(follower.used, squashed=follower.squashed)
-        tensors = list(tensors_of(output))
-        way.outputs = [name for name, tensor in named("", output, 6) if follower.is_live(tensor)]
-        if not way.outputs and any(map(follower.is_live, tensors)):
-            way.outputs = [""]
-        used = [tensor for number, tensor in enumerate(tensors) if number in call.used] or tensors
-        if not any(map(follower.is_live, used)):
-            cuts = [cut for tensor in used if (cut := follower.cut_of(tensor)) is not None]
-            way.cut = cuts[0] if cuts else follower.ends[-1] if follower.ends and not way.outputs else None
+    with again(call) as this:
+        sources = [alias for key, alias in this.stand_ins.aliases.items() if key in parameters]
+        with Follower(sources, modules, stop=Again.run.__code__) as follower:
+            output = this.run()
+    way = Way(follower.used, squashed=follower.squashed)
+    tensors = list(tensors_of(output))
+    way.outputs = [name for name, tensor in named("", output, 6) if follower.is_live(tensor)]
+    if not way.outputs and any(map(follower.is_live, tensors)):
+        way.outputs = [""]
+    used = [tensor for number, tensor in enumerate(tensors) if number in call.used] or tensors
+    if not any(map(follower.is_live, used)):
+        cuts = [cut for tensor in used if (cut := follower.cut_of(tensor)) is not None]
+        way.cut = cuts[0] if cuts else follower.ends[-1] if follower.ends and not way.outputs else None
     return way
-
-
-def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return call.model(*args, **kwargs)
 
 
 def _things(given: Iterable[Any]) -> Iterator[Any]:

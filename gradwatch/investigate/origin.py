@@ -11,8 +11,9 @@ from torch import Tensor
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, Case
 from gradwatch.investigate import graph, mend, telling
+from gradwatch.investigate.again import NotReplayable
 from gradwatch.investigate.frames import USER, kind_of
-from gradwatch.investigate.replay import NotReplayable, Outcome, replay
+from gradwatch.investigate.replay import Outcome, replay
 from gradwatch.investigate.tracer import Event, Tracer, address, look
 from gradwatch.records import Inquiry, Origin
 

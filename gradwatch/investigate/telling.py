@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, tensors_of
-from gradwatch.investigate.replay import named_tensors
+from gradwatch.investigate.again import named_tensors
 from gradwatch.investigate.tracer import Event
 from gradwatch.records import Origin
 
