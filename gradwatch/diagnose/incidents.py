@@ -114,6 +114,8 @@ class Incidents:
             told = known or (inquiry.origin is None and alert.cause == inquiry.cause)
             if alert.state != "open" or alert.rule not in TRACED or told or not alert.step <= inquiry.step <= alert.last_step:
                 continue
+            if alert.severity < Severity.WARNING:  # what does no harm is not what was asked about
+                continue
             if inquiry.origin is None and not inquiry.cause:
                 continue
             incident.alert = _traced(alert, inquiry)

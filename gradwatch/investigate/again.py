@@ -209,6 +209,14 @@ class StandIns:
             raise
         return self
 
+    def names(self) -> dict[int, str]:
+        """Names of the buffers, by the address of their copies."""
+        return {
+            buffer.untyped_storage().data_ptr(): self._names[id(buffer)]
+            for buffer in self.buffers
+            if buffer.layout is torch.strided
+        }
+
     def _enter(self, name: str, module: nn.Module) -> None:
         attributes = vars(module)
         own: dict[str, Any] = {}

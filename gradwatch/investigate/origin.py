@@ -96,10 +96,14 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
         return None
     event = min(events, key=lambda one: one.root.number)
     root = event.root
-    if root.given in ("parameter", "buffer"):
-        return _weight(case, root) or _described(case, call, event, backward)
+    if root.given == "parameter":
+        return _weight(case, root)
+    if root.given == "buffer":
+        return _buffer(case, call, outcome, root)
     if root.given == "input":
         return _input(case, call, outcome, root)
+    if root.given:
+        return _constant(case, root)
     return _described(case, call, event, backward)
 
 
@@ -146,6 +150,30 @@ def _input(case: Case, call: Call, outcome: Outcome, root: Event) -> Inquiry:
     cause = f"{label} of {_root_name(case, call) or 'the model'} holds {what} in the batch of step {case.step}."
     remedy = "Look at these rows where the batch is made (torch.isfinite(x).all()), and mend the data or its normalisation."
     return Inquiry(case.step, Origin(_root_name(case, call), "", "input"), cause, remedy, inputs=float(count))
+
+
+def _constant(case: Case, root: Event) -> Inquiry:
+    """A tensor that is no input, parameter or buffer: a constant, or one that a module keeps in an attribute."""
+    assert root.tensor is not None
+    what, _ = telling.rows(root.tensor)
+    op, place = telling.operator(root.op), root.place
+    cause = (
+        f"A tensor {list(root.tensor.shape)} that {op}{f' at {place.source}' if place.source else ''} is given holds {what}: it is no input, "
+        "parameter or buffer of the model."
+    )
+    shown = f"\n  {mend.line_of(place.file, place.line)}" if place.file and kind_of(place.file) == USER else ""
+    origin = Origin(case.modules.get(place.module, ""), op, "input", place.source)
+    return Inquiry(case.step, origin, cause, f"Look at where that tensor is made.{shown}")
+
+
+def _buffer(case: Case, call: Call, outcome: Outcome, root: Event) -> Inquiry | None:
+    assert root.tensor is not None
+    name = outcome.buffers.get(address(root.tensor))
+    if name is None:
+        return None
+    inside, _, key = name.rpartition(".")
+    layer = case.modules.get(id(call.model.get_submodule(inside)), inside)
+    return _bad_weight(case, f"{layer}.{key}" if layer else key, root.tensor, kind="buffer")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------------------
@@ -200,15 +228,16 @@ def boundary(calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(number for call in calls for number in call.nodes.values() if number >= 0)
 
 
-def _came_out(case: Case) -> bool | None:
-    """Whether what the models put out was finite when it happened; None: not known."""
+def _came_out(case: Case, outcomes: Sequence[tuple[Call, Outcome]]) -> bool | None:
+    """Whether what the models put out was finite when it happened, but for what is meant so; None: not known."""
     known = True
+    masked = {id(call) for call, outcome in outcomes if outcome.outputs and all(event.root.meant for event in outcome.outputs)}
     for call in case.calls:
         for number in call.nodes:
             held = call.outputs.get(number)
             if held is None or private.version_or_zero(held[0]) != held[1]:
                 known = False
-            elif look(held[0]):
+            elif (held_bad := look(held[0])) and (held_bad.nan or id(call) not in masked):
                 return False
     return True if known else None
 
@@ -218,7 +247,7 @@ def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: grap
         return None
     if case.loss_is_bad and loss_by is not None:
         return _suspected(case, [loss_by])
-    came_out = _came_out(case)
+    came_out = _came_out(case, outcomes)
     if case.loss_is_bad and came_out is not True:
         return None  # not without a doubt
     part = graph.outside(case.roots, boundary(case.calls), frozenset(case.parameters))

@@ -22,6 +22,7 @@ class Outcome:
     Attributes:
         tracer: every bad value in it.
         paths: names of the inputs, by the address of the copies that it ran on.
+        buffers: names of buffers within the model, by the address of their copies.
         outputs: events of those outputs that are bad.
         gradients: events of parameters' gradients that are bad.
         bad_gradients: there are some, known or not.
@@ -34,6 +35,7 @@ class Outcome:
 
     tracer: Tracer
     paths: Mapping[int, str]
+    buffers: Mapping[int, str]
     outputs: list[Event] = field(default_factory=list)
     gradients: list[Event] = field(default_factory=list)
     bad_gradients: bool = False
@@ -62,7 +64,7 @@ def replay(call: Call, modules: Container[int] = (), clean: bool = False) -> Out
         given += [("buffer", buffer) for buffer in this.stand_ins.buffers]
         tracer = Tracer(modules, given, stop=Again.run.__code__)
         paths = {address(tensor): path for path, tensor in named_tensors(call.model, this.args, this.kwargs)}
-        outcome = Outcome(tracer, paths)
+        outcome = Outcome(tracer, paths, this.stand_ins.names())
         with tracer:
             output = this.run()
         outcome.changed, outcome.draws = this.stand_ins.changes(), this.drawn()
@@ -111,6 +113,8 @@ def _backward(call: Call, outputs: list[Tensor], aliases: list[Tensor], inputs: 
             event = tracer.event_of(gradient)
             if event is not None:
                 outcome.gradients.append(event)
+    if outcome.bad_gradients and not outcome.gradients:  # a sparse one is known by no memory: what went bad first it must be
+        outcome.gradients = [event for event in tracer.events if event.backward and event.root.backward][:1]
 
 
 def _leaves_of(nodes: list[Any], known: set[int], limit: int = 100_000) -> tuple[bool, bool]:

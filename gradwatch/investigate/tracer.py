@@ -60,9 +60,9 @@ class Event:
 
     Attributes:
         number: in order.
-        op: name of the operator without "aten::", "" for what came from outside.
+        op: name of the operator without "aten::"; of what came from outside, the first that was given it.
         bad: what its output holds.
-        place: the line that called it; in a backward pass, in the forward pass that made the node.
+        place: the line that called it; where it was born in a backward pass, in the forward pass that made the node.
         backward: it happened in a backward pass.
         given: where it came from outside: "input", "parameter", "buffer", "delta" or "constant".
         tensor: what it is; only of what came from outside.
@@ -199,7 +199,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.made[number] = Made(op.name, place)
         inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
         writes = {id(args[i]) for i in op.writes if i < len(args)} if op.writes else ()
-        causes = [found for tensor in inputs if (found := self._input(tensor, id(tensor) in writes)) is not None]
+        causes = [found for tensor in inputs if (found := self._input(op.name, tensor, id(tensor) in writes)) is not None]
         saved: Event | None = None
         if backward:
             forward = [event for event, _ in causes if not event.backward and event.given != "delta"]
@@ -230,7 +230,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             event.saved = saved
         return out
 
-    def _input(self, tensor: Tensor, written: bool) -> tuple[Event, Bad] | None:
+    def _input(self, op: str, tensor: Tensor, written: bool) -> tuple[Event, Bad] | None:
         """The event by which an input is bad, and what it holds; None: it is fine."""
         where = address(tensor)
         status = self._status.get(where, self)
@@ -239,7 +239,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if status is self:
             bad = look(tensor)
             if bad:
-                return self._begin(tensor, self._given.get(where, "constant"), bad), bad
+                event = self._begin(tensor, self._given.get(where, "constant"), bad)
+                event.op, event.place = op, self._here(skip=5)
+                return event, bad
             if covers(tensor):
                 self._status[where] = None
             return None

@@ -264,3 +264,82 @@ def test_gradients_that_were_bad_before_are_not_taken_for_born() -> None:
     assert watch.notices == ()
     assert watch.alerts[0].origin is None
     assert "Not reproduced" in watch.alerts[0].cause
+
+
+def test_logits_that_are_masked_on_purpose_are_no_bad_output() -> None:
+    """The target is a class that the model has masked: the loss is Inf, and the model has done nothing wrong."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+    torch.manual_seed(0)
+    model = Masked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        for i in range(6):
+            optimizer.zero_grad()
+            target = torch.arange(8) % (3 if i == 3 else 2)
+            nn.functional.cross_entropy(model(torch.randn(8, 4)), target).backward()
+            optimizer.step()
+    assert watch.notices == ()
+    harmless, alert = watch.alerts
+    assert (harmless.severity, harmless.origin) == (20, None)
+    assert alert.step == 3
+    assert alert.origin is None or alert.origin.module == ""
+    assert "outside the model" in alert.cause or "in the loss" in alert.cause
+
+
+def test_a_buffer_is_named() -> None:
+    class Scaled(nn.Module):
+        scale: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.register_buffer("scale", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.scale
+
+    inner = Scaled()
+    model = nn.Sequential(inner)
+    alert = alert_of(model, prepare=lambda i: inner.scale[1].fill_(torch.nan if i == 3 else 1.0))
+    assert alert.origin is not None
+    assert (alert.origin.module, alert.origin.phase) == ("0", "weight")
+    assert alert.cause.startswith("The buffer 0.scale held NaN in 1 of 2 elements (1)")
+
+
+def test_a_tensor_from_nowhere_is_told_with_the_line_that_is_given_it() -> None:
+    kept = torch.ones(4)
+
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        return h * kept
+
+    alert = alert_of(Net(middle), prepare=lambda i: kept[2].fill_(torch.nan if i == 3 else 1.0))
+    assert alert.origin is not None
+    assert (alert.origin.op, alert.origin.phase) == ("aten::mul", "input")
+    assert alert.origin.source.startswith("test_honest.py:")
+    assert alert.cause.startswith("A tensor [4] that aten::mul at test_honest.py:")
+    assert "return h * kept" in alert.remedy
+
+
+def test_sparse_gradients() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(10, 4, sparse=True)
+            self.bad = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.words((x[:, 0] > 0).long())
+            return torch.sqrt(h * 0) if self.bad else h
+
+    model = Words()
+    alert = alert_of(model, prepare=lambda i: setattr(model, "bad", i == 3))
+    assert alert.origin is not None
+    assert (alert.origin.op, alert.origin.phase) == ("aten::sqrt", "backward")
