@@ -129,7 +129,11 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     last = root.facts[-1] if root.facts else (float("nan"), float("nan"), 0)
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
-        found = mend.mend(file, line, mend.Culprit(root.op, backward, last[0], len(root.facts)))
+        culprit = mend.Culprit(root.op, backward, last[0], len(root.facts))
+        found = mend.mend(file, line, culprit)
+        masked = root.mask.place if root.mask is not None else None
+        if not found.diff and masked is not None and masked.file and kind_of(masked.file) == USER:
+            found = mend.mend(masked.file, masked.line, culprit)  # where the mask is filled in
         shown = found.diff or f"  {mend.line_of(file, line)}".rstrip()
     remedy = telling.TRAP if found.trap else telling.remedy(root, backward)
     outputs = {}

@@ -75,6 +75,7 @@ class Event:
         elements: how many are bad.
         node: name of the autograd node.
         own: it happened in code of the user's that the engine runs: a custom function's backward, or a hook.
+        mask: of a NaN that was born of an Inf that somebody has chosen, that.
         saved: of a birth in a backward pass, the event by which a value that the forward pass had saved was bad.
     """
 
@@ -96,6 +97,7 @@ class Event:
     node: str = ""
     own: bool = False
     saved: Event | None = None
+    mask: Event | None = None
 
     @property
     def root(self) -> Event:
@@ -293,6 +295,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 roots = [cause.inf_root or cause for cause in with_inf]
                 guilty = [root for root in roots if not root.meant and not (root.masks and softmax)]
                 event.nan_root = guilty[0] if guilty else event
+                event.mask = roots[0] if roots and not guilty else None
                 event.made_nan = event
         if event.root is event or event.made_nan is event:
             event.place = place or self._place(event)

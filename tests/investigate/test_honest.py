@@ -343,3 +343,22 @@ def test_sparse_gradients() -> None:
     alert = alert_of(model, prepare=lambda i: setattr(model, "bad", i == 3))
     assert alert.origin is not None
     assert (alert.origin.op, alert.origin.phase) == ("aten::sqrt", "backward")
+
+
+def test_a_mask_is_mended_where_it_is_filled_in() -> None:
+    def middle(model: Any, h: Tensor) -> Tensor:
+        scores = h @ h.T
+        mask = torch.zeros(8, 8, dtype=torch.bool)
+        mask[2] = model.bad
+        scores = scores.masked_fill(mask, float("-inf"))
+        return scores.softmax(-1) @ h
+
+    model = Net(middle)
+    model.bad = False  # type: ignore[assignment]
+    alert = alert_of(model, prepare=lambda i: setattr(model, "bad", i == 3))
+    assert alert.origin is not None
+    assert alert.origin.op == "aten::softmax"
+    assert alert.remedy.splitlines()[1:] == [
+        '- scores = scores.masked_fill(mask, float("-inf"))',
+        "+ scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)",
+    ]
