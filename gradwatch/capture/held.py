@@ -114,7 +114,7 @@ class Case:
 class Ask(Protocol):
     """Finds out why an update went wrong."""
 
-    def wants(self, by_scaler: bool, loss_is_bad: bool) -> bool:
+    def wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
         """Whether there is something to be found out about an update whose loss or gradients are not finite."""
         ...
 

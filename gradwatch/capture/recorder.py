@@ -658,7 +658,7 @@ class Recorder:
         scaled = self.scale.ahead(self._draft) != 1.0
         if scaled and not any(bool(torch.isnan(value)) for value in values):
             return  # what overflowed may be the scaled loss
-        if self._ask is not None and self._ask.wants(scaled, loss_is_bad=True):
+        if self._ask is not None and self._ask.wants(self.recorded(), scaled, loss_is_bad=True):
             self._ask.before(self._case(roots, self.held.calls, loss_is_bad=True))
 
     def _look_for_origin(self, draft: Draft, roots: Sequence[Any]) -> None:
@@ -675,7 +675,7 @@ class Recorder:
             if self._ask is not None:
                 self._ask.was_fine()
             return
-        if self._ask is None or not self._ask.wants(draft.by_scaler, loss_is_bad):
+        if self._ask is None or not self._ask.wants(self.recorded(), draft.by_scaler, loss_is_bad):
             return
         bad = frozenset(id(self.table.params[slot]) for slot in np.flatnonzero(draft.nonfinite).tolist())
         case = self._case(roots, self.held.reached(), bad, loss_is_bad)

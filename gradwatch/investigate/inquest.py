@@ -15,6 +15,9 @@ from gradwatch.investigate.origin import investigate, loss_of, seen, weights
 from gradwatch.investigate.tracer import Tracer
 from gradwatch.records import TRACED, Alert, Inquiry, Severity
 
+APART = 10
+"""Updates between two inquiries where no incident is open in between, for nobody's rules look for it: as long as such an incident lasts."""
+
 logger = logging.getLogger("gradwatch")
 
 ARMED = 10
@@ -42,7 +45,7 @@ class Inquest:
         self.last: Inquiry | None = None
         self.armed = 0
 
-    def wants(self, by_scaler: bool, loss_is_bad: bool) -> bool:
+    def wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
         """Whether there is something to be found out; while a GradScaler searches its scale, gradients that overflow are no news."""
         if self._off:
             return False
@@ -56,7 +59,9 @@ class Inquest:
         if any(alert.origin is not None and alert.origin.is_complete for alert in open_ones):
             return False
         first = min((alert.step for alert in open_ones), default=0)
-        return not open_ones or self._tracer is not None or self.last is None or self.last.step < first
+        if self._tracer is not None or self.last is None:
+            return True
+        return self.last.step < first if open_ones else self.last.step <= step - APART
 
     def before(self, case: Case) -> None:
         """Look at the graph of a loss that is not finite, while it holds values."""

@@ -163,6 +163,24 @@ def test_it_is_asked_once_an_incident(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
+def test_without_rules_it_is_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradwatch.investigate import inquest
+
+    asked = []
+    real = inquest.investigate
+    monkeypatch.setattr(inquest, "investigate", lambda *args: (asked.append(1), real(*args))[1])
+    torch.manual_seed(0)
+    model = Net(lambda model, h: torch.log(torch.relu(h)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False, rules=()) as watch:
+        for _ in range(25):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    assert watch.notices == ()
+    assert len(asked) == 3
+
+
 def test_a_scaler_that_collapses_is_traced_to_its_nan() -> None:
     torch.manual_seed(0)
     model = Net(lambda model, h: torch.log(torch.relu(h)) * 1e-9)
