@@ -140,7 +140,7 @@ class Ask(Protocol):
         ...
 
     def stop(self) -> None:
-        """The watch is left."""
+        """The watch is left, or a backward has raised."""
         ...
 
     def explain(self, alert: Alert, case: Case) -> Inquiry | None:

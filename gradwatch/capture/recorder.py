@@ -212,6 +212,8 @@ class Recorder:
         self.clock.backward_failed()
         self.gradients.fail()
         self.inside.hooks.forget()
+        if self._ask is not None:
+            self._ask.stop()
         self._dirty = self._draft is not None
 
     def pre_step(self, optimizer: Optimizer, closure: bool) -> tuple[int | None, bool]:

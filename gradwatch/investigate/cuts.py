@@ -96,7 +96,7 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in SQUASHES and isinstance(out, Tensor):
-            self.squashed[name] = Cut("other", name, here(self._modules, self._stop, skip=2))
+            self.squashed[name] = Cut("other", name, here(self._modules, self._stop))
         given = list(_things((args, tuple(kwargs.values()))))
         live = any(id(thing) in self._live for thing in given)
         dead = next((cut for thing in given if (cut := self._dead.get(id(thing))) is not None), None)
@@ -114,16 +114,16 @@ class Follower(TorchFunctionMode):
             elif dead is not None:
                 self._dead.setdefault(id(thing), dead)
         if name in _TO_PYTHON:
-            self.ends.append(Cut("python", f"{name.strip('_')}()", here(self._modules, self._stop, skip=2)))
+            self.ends.append(Cut("python", f"{name.strip('_')}()", here(self._modules, self._stop)))
         elif made is not None and made.kind in ("detach", ".data", "no_grad"):
             self.ends.append(made)
         if live and name == "detach_" and isinstance(args[0], Tensor):
             self._live.discard(id(args[0]))
-            self._dead[id(args[0])] = Cut("detach", name, here(self._modules, self._stop, skip=2))
+            self._dead[id(args[0])] = Cut("detach", name, here(self._modules, self._stop))
         return out
 
     def _cut(self, func: Any, name: str, thing: Any) -> Cut:
-        place = here(self._modules, self._stop, skip=3)
+        place = here(self._modules, self._stop)
         if name == "detach":
             return Cut("detach", "detach()", place)
         if "data.__get__" in (resolve_name(func) or "") or (name == "__get__" and "data" in repr(func)):

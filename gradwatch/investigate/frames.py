@@ -54,7 +54,7 @@ class Place:
 NOWHERE = Place(None, 0, 0)
 
 
-def here(known: Container[int], stop: CodeType | None = None, skip: int = 1) -> Place:
+def here(known: Container[int], stop: CodeType | None = None) -> Place:
     """The innermost line outside torch, the user's rather than a library's, and the innermost module.
 
     Of the frames inside one call of a module, one that lies outside site-packages is preferred: the line that calls a library says
@@ -63,9 +63,8 @@ def here(known: Container[int], stop: CodeType | None = None, skip: int = 1) -> 
     Args:
         known: ids of the modules that have a name.
         stop: code at which the way outwards ends.
-        skip: frames to leave out, this function's own included.
     """
-    frame: FrameType | None = sys._getframe(skip)
+    frame: FrameType | None = sys._getframe(1)
     best: FrameType | None = None
     module = 0
     while frame is not None and frame.f_code is not stop:
@@ -86,9 +85,9 @@ def here(known: Container[int], stop: CodeType | None = None, skip: int = 1) -> 
     return Place(best.f_code, best.f_lineno, module) if best is not None else Place(None, 0, module)
 
 
-def in_engine(skip: int = 1) -> Place | None:
+def in_engine() -> Place | None:
     """The line of a user's that the autograd engine is running (a custom function's backward, a hook); None: the engine alone runs."""
-    frame: FrameType | None = sys._getframe(skip)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(_ENGINE) and frame.f_code.co_name in ("_engine_run_backward", "backward", "grad"):

@@ -47,8 +47,14 @@ class Inquest:
 
     def wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
         """Whether there is something to be found out; while a GradScaler searches its scale, gradients that overflow are no news."""
-        if self._off:
-            return False
+        wanted = self._wants(step, by_scaler, loss_is_bad)
+        if not wanted:
+            self.stop()
+        return wanted
+
+    def _wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
+        if self._off or (self.last is not None and self.last.step == step and self._tracer is None):
+            return False  # once an update: later backward passes add to what is there
         open_ones = [
             alert
             for alert in self._alerts()
@@ -75,6 +81,11 @@ class Inquest:
         step, loss_by = self._loss_by
         self._loss_by = -1, None
         try:
+            if self._tracer is not None and self._tracer.broken:
+                logger.debug("an update could not be traced: %s", self._tracer.broken)
+                self.armed = 0
+                self.stop()
+                return None
             if self._tracer is not None:
                 answer = seen(case, self._tracer)
                 self.stop()
@@ -151,7 +162,8 @@ class Inquest:
             self.armed -= 1
 
     def stop(self) -> None:
-        """Trace no more."""
+        """Trace no more, and let go of the graph of a loss whose backward never returned."""
+        self._loss_by = -1, None
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.pause()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,9 +18,6 @@ from gradwatch.investigate.replay import Outcome, replay
 from gradwatch.investigate.tracer import Event, Tracer, address, look
 from gradwatch.records import Inquiry, Origin
 
-REPLAYS = 4
-"""Calls of one update that are run again: the price of an incident is at most four updates, by design."""
-
 
 def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
     """Find out what there is to be found out.
@@ -31,8 +29,8 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
     outcomes: list[tuple[Call, Outcome]] = []
     refused = failed = ""
     given: Inquiry | None = None
-    # Backwards go from the last call to the first: one that was given a good gradient and made a bad one is the place.
-    calls = sorted(case.calls, key=lambda call: any(look(delta) for delta in call.deltas.values()))[:REPLAYS]
+    # What was put out bad comes first; then what was given a good gradient, as backwards go from the last call to the first.
+    calls = sorted(case.calls, key=lambda call: (not _put_out_bad(call), any(look(delta) for delta in call.deltas.values())))
     for call in calls:
         try:
             outcome = replay(call, case.modules)
@@ -42,7 +40,10 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
             refused = str(why)
             continue
         except Exception as error:
-            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            failed = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 160)
+            continue
+        if outcome.tracer.broken:
+            failed = shorten(outcome.tracer.broken.splitlines()[-1], 160)
             continue
         outcomes.append((call, outcome))
         found = _inside(case, call, outcome)
@@ -52,9 +53,8 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
             return found
     if given is not None:
         return given
-    found = _weights(case)
-    if found is not None:
-        return found
+    if not outcomes and (found := _weights(case)) is not None:
+        return found  # else they would have been met on the way
     found = _outside(case, outcomes, loss_by)
     if found is not None:
         return found
@@ -69,7 +69,7 @@ def weights(case: Case) -> Inquiry | None:
 def seen(case: Case, tracer: Tracer) -> Inquiry | None:
     """What is known of an update that was traced as it ran; None: nothing, or no more than that the weights were bad already."""
     events = [tracer.event_of(root) for root in case.roots if isinstance(root, Tensor)] if case.loss_is_bad else []
-    found = [event for event in events if event is not None and not event.root.meant]
+    found = [event for event in events if event is not None and not event.root.is_deliberate]
     backward = not found
     if backward:
         grads = [
@@ -88,7 +88,7 @@ def seen(case: Case, tracer: Tracer) -> Inquiry | None:
 
 
 def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
-    events = [event for event in outcome.outputs if not event.root.meant]
+    events = [event for number, event in outcome.outputs if not event.root.is_deliberate and (number in call.used or not call.used)]
     backward = not events
     if backward:
         events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(case, outcome) else []
@@ -107,9 +107,14 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     return _described(case, call, event, backward)
 
 
+def _put_out_bad(call: Call) -> bool:
+    """Some of what it put out was not finite when it happened, as far as that is held."""
+    return any(look(held) for held, version in call.outputs.values() if private.version_or_zero(held) == version)
+
+
 def _blames_what_it_wrote(outcome: Outcome) -> bool:
     """It is traced to a buffer that the forward pass writes, as running statistics are: what went wrong has spoilt it, and not it that."""
-    roots = [event.root for event in (*outcome.outputs, *outcome.gradients)]
+    roots = [event.root for event in (*(event for _, event in outcome.outputs), *outcome.gradients)]
     return any(root.given == "buffer" and root.tensor is not None and address(root.tensor) in outcome.written for root in roots)
 
 
@@ -161,12 +166,18 @@ def _constant(case: Case, root: Event) -> Inquiry:
     assert root.tensor is not None
     what, _ = telling.rows(root.tensor)
     op, place = telling.operator(root.op), root.place
-    cause = (
-        f"A tensor {list(root.tensor.shape)} that {op}{f' at {place.source}' if place.source else ''} is given holds {what}: it is no input, "
-        "parameter or buffer of the model."
-    )
+    at = f" at {place.source}" if place.source else ""
+    module = case.modules.get(place.module, "")
     shown = f"\n  {mend.line_of(place.file, place.line)}" if place.file and kind_of(place.file) == USER else ""
-    origin = Origin(case.modules.get(place.module, ""), op, "input", place.source)
+    if root.tensor.dim() == 0:
+        phase: Literal["forward", "backward"] = "backward" if root.backward else "forward"
+        remedy = f"Look at where that number is made.{shown}"
+        return Inquiry(case.step, Origin(module, op, phase, place.source), f"{op}{at} is given {what.partition(' ')[0]}.", remedy)
+    cause = (
+        f"A tensor {list(root.tensor.shape)} that {op}{at} is given holds {what}: it is no input, parameter or buffer of the model"
+        + (", and came up in the backward pass." if root.backward else ".")
+    )
+    origin = Origin(module, op, "input", place.source)
     return Inquiry(case.step, origin, cause, f"Look at where that tensor is made.{shown}")
 
 
@@ -235,7 +246,9 @@ def boundary(calls: Sequence[Call]) -> frozenset[int]:
 def _came_out(case: Case, outcomes: Sequence[tuple[Call, Outcome]]) -> bool | None:
     """Whether what the models put out was finite when it happened, but for what is meant so; None: not known."""
     known = True
-    masked = {id(call) for call, outcome in outcomes if outcome.outputs and all(event.root.meant for event in outcome.outputs)}
+    masked = {
+        id(call) for call, outcome in outcomes if outcome.outputs and all(event.root.is_deliberate for _, event in outcome.outputs)
+    }
     for call in case.calls:
         for number in call.nodes:
             held = call.outputs.get(number)

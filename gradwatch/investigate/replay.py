@@ -23,7 +23,7 @@ class Outcome:
         tracer: every bad value in it.
         paths: names of the inputs, by the address of the copies that it ran on.
         buffers: names of buffers within the model, by the address of their copies.
-        outputs: events of those outputs that are bad.
+        outputs: numbers of the outputs that are bad, and their events.
         gradients: events of parameters' gradients that are bad.
         bad_gradients: there are some, known or not.
         bad_deltas: the gradient that came back was bad already.
@@ -36,7 +36,7 @@ class Outcome:
     tracer: Tracer
     paths: Mapping[int, str]
     buffers: Mapping[int, str]
-    outputs: list[Event] = field(default_factory=list)
+    outputs: list[tuple[int, Event]] = field(default_factory=list)
     gradients: list[Event] = field(default_factory=list)
     bad_gradients: bool = False
     bad_deltas: bool = False
@@ -70,7 +70,8 @@ def replay(call: Call, modules: Container[int] = (), clean: bool = False) -> Out
         outcome.changed, outcome.draws = this.stand_ins.changes(), this.drawn()
         outcome.written = {address(buffer) for buffer in this.stand_ins.buffers if private.version_or_zero(buffer)}
         outputs = list(tensors_of(output))
-        outcome.outputs = [event for tensor in outputs if look(tensor) and (event := tracer.event_of(tensor)) is not None]
+        events = ((number, tracer.event_of(tensor)) for number, tensor in enumerate(outputs) if look(tensor))
+        outcome.outputs = [(number, event) for number, event in events if event is not None]
         with this.outside_autocast():
             _backward(call, outputs, [*this.stand_ins.aliases.values()], this.inputs, outcome)
     return outcome

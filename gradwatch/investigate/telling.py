@@ -22,7 +22,7 @@ def operator(op: str) -> str:
     if not op or "::" in op:
         return op
     plain = {"_to_copy": "to", "_unsafe_view": "view"}.get(op, op.lstrip("_") if op.startswith("_") else op)
-    return f"aten::{plain}"
+    return f"aten::{plain.removesuffix('_forward')}"
 
 
 def cause(event: Event, origin: Origin, modules: Mapping[int, str]) -> str:
@@ -80,7 +80,13 @@ def _value(root: Event, op: str) -> str:
         return f"{op} of {facts[0][2]} number{'s' if facts[0][2] != 1 else ''}"
     if name == "empty":
         return "memory that nobody has written (torch.empty)"
-    if name == "mul" and root.bad.nan:
+    if root.scalar:
+        return f"{op} by {root.scalar}" if name in ("mul", "div") else f"{op} of {root.scalar}"
+    if root.mask is not None and "softmax" not in name and "attention" not in name:
+        mask = root.mask
+        by = f" that {operator(mask.op)}{f' at {mask.place.source}' if mask.place.source else ''} had put there" if mask.op else ""
+        return f"{op} of {'-Inf' if mask.masks else 'Inf'}{by}"
+    if name == "mul" and root.bad.nan and not root.tensors:
         return f"{op}, 0 times Inf,"
     if name == "mean" and not facts:
         return f"{op} of nothing"
@@ -114,7 +120,9 @@ def remedy(root: Event, backward: bool) -> str:
 
 def remedy_of(op: str, backward: bool) -> str:
     """What to try about an operator."""
-    name = op.strip("_")
+    name = op.strip("_").removesuffix("_forward")
+    if name == "pow" and not backward:
+        return "Bound its base (clamp), or keep that part in float32."
     if name in _REMEDIES:
         return _REMEDIES[name]
     if "softmax" in name or "attention" in name:

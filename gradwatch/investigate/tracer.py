@@ -7,8 +7,10 @@ another object. An operator whose output is bad while its inputs are fine gave *
 from __future__ import annotations
 
 import functools
+import math
+import traceback
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ _CONSTANTS = frozenset(
 _SOFTMAXES = ("softmax", "attention", "logsumexp")
 """Parts of the names of operators in front of which -inf is a mask."""
 
-_PARALLEL = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class Bad(NamedTuple):
@@ -67,12 +69,14 @@ class Event:
         given: where it came from outside: "input", "parameter", "buffer", "delta" or "constant".
         tensor: what it is; only of what came from outside.
         meant: an Inf that somebody has chosen.
-        masks: -inf that was given from outside: meant in front of a softmax.
+        masks: of a constant or what came from outside: it holds -Inf, and neither Inf nor NaN.
         nan_root, inf_root: the events in which its NaN and its Inf began.
         made_nan: the event in which the NaN that it holds came to be, be it from an Inf.
         facts: (smallest, largest, elements) of each input, of a birth; NaN and Inf left aside.
         where: index of the first bad element of its output, of a birth.
         elements: how many are bad.
+        tensors: how many tensors it was given, of a birth; `dtype`: that of the first floating one.
+        scalar: "NaN" or "Inf" among the numbers it was given.
         node: name of the autograd node.
         own: it happened in code of the user's that the engine runs: a custom function's backward, or a hook.
         mask: of a NaN that was born of an Inf that somebody has chosen, that.
@@ -94,10 +98,18 @@ class Event:
     facts: tuple[tuple[float, float, int], ...] = ()
     where: tuple[int, ...] = ()
     elements: int = 0
+    tensors: int = 0
+    dtype: torch.dtype = torch.float32
+    scalar: str = ""
     node: str = ""
     own: bool = False
     saved: Event | None = None
     mask: Event | None = None
+
+    @property
+    def is_deliberate(self) -> bool:
+        """A mask: -Inf that somebody has chosen."""
+        return self.meant and self.masks
 
     @property
     def root(self) -> Event:
@@ -112,14 +124,31 @@ class _Op:
     Attributes:
         name: without "aten::" and overload.
         writes: positions of arguments that it changes.
+        outs: names of keyword arguments that it writes.
         constant: it writes a number that somebody has chosen.
         empty: it gives memory that nobody has written.
     """
 
     name: str
     writes: frozenset[int] = frozenset()
+    outs: frozenset[str] = frozenset()
     constant: bool = False
     empty: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    """An operator that is about to run: what it is given, and by which events that is bad."""
+
+    op: _Op
+    backward: bool
+    place: Place | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    causes: list[tuple[Event, Bad]] = field(default_factory=list)
+    saved: Event | None = None
+    facts: tuple[tuple[float, float, int], ...] | None = None
+    scalar: str = ""
 
 
 @dataclass(slots=True)
@@ -148,6 +177,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         events: all of them, in order.
         made: sequence number of an autograd node -> which operator made it.
+        broken: the error that it failed by, and watches no more.
     """
 
     def __init__(
@@ -157,6 +187,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.made: dict[int, Made] = {}
         self.in_backward = False
+        self.broken = ""
         self._modules, self._stop = modules, stop
         self._status: dict[int, Any] = {}
         self._given = {address(tensor): kind for kind, tensor in given}
@@ -188,51 +219,69 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(not issubclass(kind, Tensor) or kind not in _PLAIN for kind in types):
+        if self.broken or any(kind not in _PLAIN for kind in types):
             return func(*args, **kwargs)
+        # What fails here is ours: the operator runs all the same, and nothing is watched any more.
+        step: _Step | None = None
+        try:
+            step = self._before(func, args, kwargs)
+        except Exception:
+            self.broken = traceback.format_exc()
+        out = func(*args, **kwargs)
+        if step is not None:
+            try:
+                self._after(step, out)
+            except Exception:
+                self.broken = traceback.format_exc()
+        return out
+
+    def _before(self, func: Any, args: Any, kwargs: Any) -> _Step:
         op = self._ops.get(func) or self._learn(func)
-        backward = self.in_backward and not torch.is_grad_enabled()
-        place: Place | None = None
-        if not backward:
+        step = _Step(op, self.in_backward and not torch.is_grad_enabled())
+        if not step.backward:
             # A custom function's own operators, which run without a graph, come after its node.
             number = private.next_sequence_number() - 1
             if number >= 0 and number not in self.made:
-                place = self._here(skip=3)
-                self.made[number] = Made(op.name, place)
-        inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
-        writes = {id(args[i]) for i in op.writes if i < len(args)} if op.writes else ()
-        causes = [found for tensor in inputs if (found := self._input(op.name, tensor, id(tensor) in writes)) is not None]
-        saved: Event | None = None
-        if backward:
+                step.place = self._here()
+                self.made[number] = Made(op.name, step.place)
+        step.inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
+        step.scalar = _scalar((*args, *kwargs.values()))
+        step.written = [
+            *(tensor for i in op.writes if i < len(args) for tensor in _tensors(args[i : i + 1])),
+            *(tensor for name in op.outs if name in kwargs for tensor in _tensors((kwargs[name],))),
+        ]
+        written = set(map(id, step.written))
+        causes = [found for tensor in step.inputs if (found := self._input(step, tensor, id(tensor) in written)) is not None]
+        if step.backward:
             forward = [event for event, _ in causes if not event.backward and event.given != "delta"]
-            saved = next((event.root for event in forward if not event.root.meant), None)
+            step.saved = next((event.root for event in forward if not event.root.is_deliberate), None)
             causes = [(event, bad) for event, bad in causes if event not in forward]
-        before = _facts(inputs) if writes and not op.constant else None  # afterwards they are what it has made of them
-        out = func(*args, **kwargs)
-        outputs = list(_tensors((out,)))
+        step.causes = causes
+        if step.written and not op.constant:
+            step.facts = _facts(step.inputs)  # afterwards they are what it has made of them
+        return step
+
+    def _after(self, step: _Step, out: Any) -> None:
+        op, outputs = step.op, list(_tensors((out,)))
         if op.empty:
             for tensor in outputs:
-                self._status[address(tensor)] = _Empty(place or self._here(skip=3))
-            return out
-        mine = {address(tensor) for tensor in inputs}
-        if op.writes and not outputs:  # `_foreach_add_` and the like: what they have written is looked at when it is read
-            for position in op.writes:
-                for tensor in _tensors(args[position : position + 1]):
-                    self._status.pop(address(tensor), None)
+                self._status[address(tensor)] = _Empty(step.place or self._here())
+            return
+        mine = {address(tensor) for tensor in step.inputs}
+        if not outputs:  # `_foreach_add_` and the like: what they have written is looked at when it is read
+            for tensor in step.written:
+                self._status.pop(address(tensor), None)
         for tensor in outputs:
             where = address(tensor)
-            if where in mine and not op.writes:
+            if where in mine and not step.written:
                 continue  # a view: what its memory holds is known
             bad = look(tensor)
-            if not bad:
-                if where not in mine or covers(tensor):
-                    self._status[where] = None
-                continue
-            event = self._status[where] = self._bad(op, bad, causes, backward, place, inputs, tensor, before)
-            event.saved = saved
-        return out
+            if bad:
+                self._status[where] = self._bad(step, bad, tensor)
+            elif where not in mine or covers(tensor):
+                self._status[where] = None
 
-    def _input(self, op: str, tensor: Tensor, written: bool) -> tuple[Event, Bad] | None:
+    def _input(self, step: _Step, tensor: Tensor, written: bool) -> tuple[Event, Bad] | None:
         """The event by which an input is bad, and what it holds; None: it is fine."""
         where = address(tensor)
         status = self._status.get(where, self)
@@ -242,7 +291,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             bad = look(tensor)
             if bad:
                 event = self._begin(tensor, self._given.get(where, "constant"), bad)
-                event.op, event.place = op, self._here(skip=5)
+                event.op, event.place = step.op.name, self._here()
+                # What was saved of the forward pass has been seen there: this came out of code that torch does not run.
+                event.backward = step.backward and event.given == "constant" and tensor.dim() > 0
                 return event, bad
             if covers(tensor):
                 self._status[where] = None
@@ -262,30 +313,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event = self._status[address(tensor)] = self._new("", bad)
         event.given, event.tensor = given, tensor
         event.meant = given == "constant" and not bad.nan
-        event.masks = not bad.nan and not bool((tensor == torch.inf).any())
+        event.masks = _is_mask(tensor, bad)
         event.nan_root, event.inf_root = (event if bad.nan else None), (event if bad.inf else None)
         event.made_nan = event.nan_root
         return event
 
-    def _bad(
-        self,
-        op: _Op,
-        bad: Bad,
-        causes: list[tuple[Event, Bad]],
-        backward: bool,
-        place: Place | None,
-        inputs: list[Tensor],
-        output: Tensor,
-        facts: Any,
-    ) -> Event:
+    def _bad(self, step: _Step, bad: Bad, output: Tensor) -> Event:
+        op = step.op
         event = self._new(op.name, bad)
-        event.backward = backward
-        with_nan = [cause for cause, held in causes if held.nan]
-        with_inf = [cause for cause, held in causes if held.inf]
-        event.meant = op.constant and not causes
+        event.backward, event.saved, event.scalar = step.backward, step.saved, step.scalar
+        with_nan = [cause for cause, held in step.causes if held.nan]
+        with_inf = [cause for cause, held in step.causes if held.inf]
+        if op.constant and not step.causes and not bad.nan:
+            event.meant, event.masks = True, _is_mask(output, bad)
         if bad.inf:
             roots = [cause.inf_root or cause for cause in with_inf] or [cause.root for cause in with_nan]
-            event.inf_root = next((root for root in roots if not root.meant), roots[0]) if roots else event
+            event.inf_root = next((root for root in roots if not root.is_deliberate), roots[0]) if roots else event
         if bad.nan:
             if with_nan:
                 first = min(with_nan, key=lambda cause: (cause.nan_root or cause).number)
@@ -293,26 +336,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 softmax = any(part in op.name for part in _SOFTMAXES)
                 roots = [cause.inf_root or cause for cause in with_inf]
-                guilty = [root for root in roots if not root.meant and not (root.masks and softmax)]
+                guilty = [
+                    root for root in roots if not (root.masks and softmax) and not (root.meant and (root.masks or not root.given))
+                ]
                 event.nan_root = guilty[0] if guilty else event
                 event.mask = roots[0] if roots and not guilty else None
                 event.made_nan = event
         if event.root is event or event.made_nan is event:
-            event.place = place or self._place(event)
-            event.facts = facts if facts is not None else _facts(inputs)
-            wrong = ~torch.isfinite(output.detach())
+            event.place = step.place or self._place(event)
+            event.facts = step.facts if step.facts is not None else _facts(step.inputs)
+            event.tensors = len(step.inputs)
+            event.dtype = next((tensor.dtype for tensor in step.inputs if tensor.is_floating_point()), output.dtype)
+            wrong = ~torch.isfinite(_values(output.detach()))
             event.elements = int(wrong.sum())
-            event.where = tuple(wrong.nonzero()[0].tolist()) if output.dim() else ()
+            event.where = tuple(wrong.nonzero()[0].tolist()) if wrong.dim() else ()
         return event
 
     def _place(self, event: Event) -> Place:
         """The line that called it; of what the engine runs by itself, that of the forward pass which made the node."""
         if not event.backward:
-            return self._here(skip=5)
-        own = in_engine(skip=4)
+            return self._here()
+        own = in_engine()
         node = private.current_node()
         event.node = type(node).__name__ if node is not None else ""
-        made = self.made.get(private.sequence_number(node)) if node is not None else None
+        number = private.sequence_number(node) if node is not None else -1
+        # A view that is changed in place gets a node of its own, right behind the operator's.
+        made = self.made.get(number - 1 if event.node == "CopySlices" else number)
         event.own = own is not None
         if own is not None:
             return Place(own.code, own.line, made.place.module if made is not None else 0)
@@ -322,8 +371,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event.op = made.op
         return made.place
 
-    def _here(self, skip: int) -> Place:
-        place = here(self._modules, self._stop, skip)
+    def _here(self) -> Place:
+        place = here(self._modules, self._stop)
         if place.module or not self.in_backward:
             return place
         # A checkpoint runs again what it holds, outside of any module's call: that it was made in is still known.
@@ -339,11 +388,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = func._schema
         space, _, name = schema.name.partition("::")
         name = name if space == "aten" else schema.name
-        writes = frozenset(
-            i for i, argument in enumerate(schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write
-        )
+        changed = [
+            (i, argument) for i, argument in enumerate(schema.arguments) if argument.alias_info and argument.alias_info.is_write
+        ]
+        writes = frozenset(i for i, argument in changed if not argument.kwarg_only)
+        outs = frozenset(argument.name for _, argument in changed if argument.kwarg_only)
         empty = name.startswith(("empty", "new_empty")) or name == "resize_"
-        op = self._ops[func] = _Op(name, writes, name in _CONSTANTS, empty)
+        op = self._ops[func] = _Op(name, writes, outs, name in _CONSTANTS, empty)
         return op
 
 
@@ -369,24 +420,44 @@ def covers(tensor: Tensor) -> bool:
 
 def look(tensor: Tensor) -> Bad:
     """Whether a tensor holds NaN, and Inf; waits for a device."""
-    if tensor.numel() == 0 or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+    if (
+        type(tensor) not in _PLAIN
+        or tensor.numel() == 0
+        or tensor.is_meta
+        or not (tensor.is_floating_point() or tensor.is_complex())
+    ):
+        return FINE
+    if tensor.is_nested or tensor.is_quantized:
         return FINE
     with torch.no_grad():
-        tensor = tensor.detach()
-        if tensor.layout is not torch.strided:
-            if tensor.layout not in _PARALLEL:
-                return FINE
-            tensor = private.sparse_values(tensor)
-        if tensor.is_complex():
-            tensor = torch.view_as_real(tensor.resolve_conj())
-        if tensor.element_size() < 4:
-            total = tensor.sum(dtype=torch.float32) if tensor.element_size() == 2 else tensor.float().sum()
+        values = _values(tensor.detach())
+        if values.element_size() < 4:
+            total = values.sum(dtype=torch.float32) if values.element_size() == 2 else values.float().sum()
         else:
-            total = tensor.sum()
+            total = values.sum()
         if bool(torch.isfinite(total)):
             return FINE
-        nan = bool(torch.isnan(tensor).any())
-        return Bad(nan, bool(torch.isinf(tensor).any()))
+        return Bad(bool(torch.isnan(values).any()), bool(torch.isinf(values).any()))
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Its numbers, as a dense real tensor."""
+    if tensor.layout in _SPARSE:
+        tensor = private.sparse_values(tensor)
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _is_mask(tensor: Tensor, bad: Bad) -> bool:
+    """Of its bad values all are -Inf."""
+    return not bad.nan and not bool((_values(tensor.detach()) == torch.inf).any())
+
+
+def _scalar(things: Iterable[Any]) -> str:
+    """ "NaN" or "Inf" among Python's numbers; "" for none."""
+    for thing in things:
+        if isinstance(thing, float) and not math.isfinite(thing):
+            return "NaN" if math.isnan(thing) else "Inf"
+    return ""
 
 
 def _facts(inputs: Iterable[Tensor]) -> tuple[tuple[float, float, int], ...]:
