@@ -12,7 +12,8 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import islice
 from time import perf_counter
 from types import FrameType, MethodType
 from typing import Any, Protocol
@@ -31,8 +32,14 @@ CALLS = 64
 """Calls that are held while no backward reaches them: what an update of many forward passes has; after an evaluation that nobody put
 under `no_grad` they are dropped, oldest first."""
 
+OLD = 8
+"""Backward passes after which a call that none has reached is let go: a generator's waits for those of five steps of its critic."""
+
 PARTS = 16
 """Parts of a model that are hooked in its place where it never runs as a whole: what costs 10 us each (measured)."""
+
+ITEMS = 2_000
+"""Things among the arguments, or the outputs, of a call that are looked at: a batch of many small tensors has hundreds."""
 
 OUTPUTS = 64
 """Tensors of one output that are asked for their delta."""
@@ -63,6 +70,7 @@ class Call:
         deltas: output -> the gradient with respect to it.
         used: numbers of the outputs through which a backward has gone.
         reached: a backward has gone through it.
+        age: backward passes that have returned since.
         dropped: some deltas were too large to be held.
     """
 
@@ -80,6 +88,7 @@ class Call:
     deltas: dict[int, Tensor] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
     reached: bool = False
+    age: int = 0
     dropped: bool = False
 
     @property
@@ -357,6 +366,9 @@ class Held:
     def thin_out(self) -> None:
         """A backward went well: the last call that it went through is held on, without its deltas, in case the record is asked about."""
         reached = self.reached()
+        for call in self.calls:
+            call.age += 1
+        self.calls = [call for call in self.calls if call.reached or call.age < OLD]
         for call in reached:
             call.deltas.clear()
             call.outputs.clear()
@@ -398,24 +410,33 @@ def _parts_of(model: nn.Module) -> list[nn.Module]:
     return parts or [model]
 
 
-def tensors_of(thing: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Every plain floating tensor in nested tuples, lists, mappings, dataclasses and objects (a distribution), in a fixed order."""
+def tensors_of(thing: Any) -> Iterator[Tensor]:
+    """Every plain floating tensor in nested tuples, lists, mappings, dataclasses and objects (a distribution), in a fixed order, as far as
+    `ITEMS` things go."""
+    return _tensors_of(thing, 6, [ITEMS])
+
+
+def _tensors_of(thing: Any, depth: int, left: list[int]) -> Iterator[Tensor]:
+    left[0] -= 1
+    if left[0] < 0:
+        return
     if type(thing) in _PLAIN:
         if thing.is_floating_point() or thing.is_complex():
             yield thing
     elif not depth or thing is None or isinstance(thing, (str, bytes, int, float, nn.Module, type)):
         return
     elif isinstance(thing, (tuple, list)):
-        for item in thing:
-            yield from tensors_of(item, depth - 1)
+        for item in islice(thing, max(0, left[0])):
+            yield from _tensors_of(item, depth - 1, left)
     elif isinstance(thing, Mapping):
-        for item in thing.values():
-            yield from tensors_of(item, depth - 1)
-    elif is_dataclass(thing) or isinstance(getattr(thing, "__dict__", None), dict):
-        if callable(thing) or isinstance(thing, Tensor):
-            return
-        for item in list(vars(thing).values()):
-            yield from tensors_of(item, depth - 1)
+        for item in islice(thing.values(), max(0, left[0])):
+            yield from _tensors_of(item, depth - 1, left)
+    elif is_dataclass(thing):
+        for each in fields(thing):
+            yield from _tensors_of(getattr(thing, each.name, None), depth - 1, left)
+    elif isinstance(getattr(thing, "__dict__", None), dict) and not callable(thing) and not isinstance(thing, Tensor):
+        for item in islice(list(vars(thing).values()), max(0, left[0])):
+            yield from _tensors_of(item, depth - 1, left)
 
 
 def _without_graph(thing: Any) -> Any:

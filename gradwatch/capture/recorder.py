@@ -212,6 +212,7 @@ class Recorder:
         self.clock.backward_failed()
         self.gradients.fail()
         self.inside.hooks.forget()
+        self.held.release()
         if self._ask is not None:
             self._ask.stop()
         self._dirty = self._draft is not None

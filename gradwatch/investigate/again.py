@@ -8,13 +8,16 @@ hooks on parameters, nor an optimizer, nor another process hears of it.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import random
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +29,11 @@ from gradwatch.capture.held import Call, tensors_of
 KEPT = 2**26
 """Bytes of tensors in attributes of modules that are copied, so that they can be put back: 64 MB, as of deltas."""
 
-DEPTH = 3
-"""Containers within containers among the attributes of a module that are put back."""
+DEPTH = 4
+"""Containers and objects within one another, from the attributes of a module on, that are put back."""
+
+MANY = 100_000
+"""Things that are looked through: what holds more is put back only from the outside."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -105,28 +111,52 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
-    """Arguments with copies of all tensors that the forward pass might change, and the floating ones of these."""
-    copies: dict[int, Tensor] = {}
+    """Arguments that nothing of the user's is reached by any more: containers and objects are deep copies, tensors without their graph.
 
-    def copied(thing: Any) -> Any:
-        if type(thing) in _PLAIN:
-            if id(thing) not in copies:
-                copy = thing.detach().clone() if not isinstance(thing, nn.Parameter) else thing.detach()
-                copies[id(thing)] = copy.requires_grad_(thing.requires_grad)
-            return copies[id(thing)]
-        if type(thing) in (tuple, list):
-            return type(thing)(copied(item) for item in thing)
-        if isinstance(thing, tuple) and hasattr(thing, "_fields"):
-            return type(thing)(*(copied(item) for item in thing))
-        if isinstance(thing, dict):
-            new = dict.copy(thing)
-            for key, item in thing.items():
-                dict.__setitem__(new, key, copied(item))
-            return new if type(thing) is dict else thing
-        return thing
-
-    args, kwargs = copied(call.args), copied(call.kwargs)
+    Raises:
+        NotReplayable: something cannot be copied, as an iterator that would be used up.
+    """
+    memo: dict[int, Any] = {}
+    for thing in (*_within(call.args), *_within(call.kwargs)):
+        if isinstance(thing, nn.Module):
+            memo[id(thing)] = thing
+        elif type(thing) in _PLAIN:
+            copy_ = thing.detach() if isinstance(thing, nn.Parameter) else thing.detach().clone()
+            memo[id(thing)] = copy_.requires_grad_(thing.requires_grad)
+        elif isinstance(thing, torch.Generator):
+            memo[id(thing)] = thing.clone_state() if hasattr(thing, "clone_state") else _cloned(thing)
+        elif isinstance(thing, Iterator):
+            raise NotReplayable(f"it is given an iterator ({type(thing).__name__}), which would be used up")
+    try:
+        args, kwargs = copy.deepcopy((call.args, call.kwargs), memo)
+    except Exception as error:
+        raise NotReplayable(f"what it is given cannot be copied ({type(error).__name__})") from error
     return args, kwargs, list(tensors_of((args, kwargs)))
+
+
+def _cloned(generator: torch.Generator) -> torch.Generator:
+    clone = torch.Generator(generator.device)
+    clone.set_state(generator.get_state())
+    return clone
+
+
+def _within(thing: Any, depth: int = 6, seen: set[int] | None = None) -> Iterator[Any]:
+    """Everything in nested containers and objects, each once."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or len(seen) > MANY or isinstance(thing, (str, bytes, int, float, type, type(None))):
+        return
+    seen.add(id(thing))
+    yield thing
+    if not depth or isinstance(thing, (Tensor, np.ndarray, nn.Module, torch.Generator)):
+        return
+    if isinstance(thing, Mapping):
+        inside: list[Any] = list(thing.values())
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        inside = list(thing)
+    else:
+        inside = list(getattr(thing, "__dict__", {}).values()) if not callable(thing) else []
+    for item in inside:
+        yield from _within(item, depth - 1, seen)
 
 
 def named_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -176,7 +206,7 @@ def _generators(call: Call) -> Iterator[Any]:
 
 class StandIns:
     """While it is entered, a model's parameters are aliases that share their memory, and its buffers are copies; what the forward pass
-    changes in attributes of modules is put back.
+    changes in attributes of modules, in what these hold, and in what their hooks hold is put back.
 
     Args:
         model: it.
@@ -189,20 +219,18 @@ class StandIns:
 
     def __init__(self, model: nn.Module, clean: bool = False) -> None:
         self._clean = clean
-        self._modules = [(name, module) for name, module in model.named_modules()]
+        self._modules = list(model.named_modules())
         self.aliases: dict[int, Tensor] = {}
         self.buffers: list[Tensor] = []
         self._copies: dict[int, Tensor] = {}
-        self._dictionaries: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._attributes: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-        self._containers: list[tuple[str, Any, Any]] = []
-        self._tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
         self._names: dict[int, str] = {}
-        self._kept = 0
+        self._seen: set[int] = {id(module) for _, module in self._modules}
+        self._kept: list[_Kept] = []
+        self._bytes = 0
 
     def __enter__(self) -> StandIns:
         try:
-            for name, module in self._modules:
+            for name, module in self._modules:  # grows by those that are found in plain containers
                 self._enter(name, module)
         except BaseException:
             self.__exit__()
@@ -217,23 +245,44 @@ class StandIns:
             if buffer.layout is torch.strided
         }
 
+    def changes(self) -> list[str]:
+        """Names of what the forward pass has changed, those aside that a normalisation counts."""
+        found = [kept.name for kept in self._kept if (kept.name or isinstance(kept, _Dictionary)) and kept.is_changed()]
+        for name, module in self._modules:
+            for key, buffer in private.own_buffers(module).items():
+                if buffer is not None and private.version_or_zero(buffer) and key not in _COUNTED:
+                    found.append(_join(name, key))
+        return [name for name in dict.fromkeys(found) if name]
+
+    def __exit__(self, *error: Any) -> None:
+        for kept in reversed(self._kept):
+            kept.put_back()
+
+    # -- a module ------------------------------------------------------------------------------------------------------------------
+
     def _enter(self, name: str, module: nn.Module) -> None:
         attributes = vars(module)
-        own: dict[str, Any] = {}
-        for key, value in attributes.items():
-            if key in _TORCHS or key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-                continue
-            own[key] = value
-            self._keep(f"{name}.{key}" if name else key, value, DEPTH)
-        self._attributes.append((name, attributes, own))
+        self._keep_dictionary(name, attributes, skip=_TORCHS, each=True)
+        for key, value in list(attributes.items()):
+            if key not in _TORCHS:
+                self._keep(_join(name, key), value, DEPTH)
+            elif key in _HOOKS and isinstance(value, Mapping):
+                for hook in list(value.values()):
+                    self._keep_function(hook)
+        self._keep_function(getattr(type(module), "forward", None))
         parameters, buffers = private.own_parameters(module), private.own_buffers(module)
-        self._dictionaries += [(parameters, dict(parameters)), (buffers, dict(buffers))]
+        self._keep_dictionary("", parameters)
+        self._keep_dictionary("", buffers)
         for key, parameter in list(parameters.items()):
             if parameter is not None:
                 parameters[key] = self._alias(parameter)
         for key, buffer in list(buffers.items()):
             if buffer is not None:
-                buffers[key] = self._copy(f"{name}.{key}" if name else key, buffer)
+                buffers[key] = self._copy(_join(name, key), buffer)
+        if callable(getattr(module, "log", None)) and hasattr(
+            module, "training_step"
+        ):  # Lightning would count what is logged twice
+            attributes["log"] = attributes["log_dict"] = _nothing
 
     def _alias(self, parameter: nn.Parameter) -> nn.Parameter:
         alias = self.aliases.get(id(parameter))
@@ -242,82 +291,217 @@ class StandIns:
         return alias  # type: ignore[return-value]
 
     def _copy(self, name: str, buffer: Tensor) -> Tensor:
-        copy = self._copies.get(id(buffer))
-        if copy is None:
-            copy = buffer.detach().clone()
-            if self._clean and copy.is_floating_point():
-                copy = torch.nan_to_num(copy, 0.0, 0.0, 0.0)
-            self._copies[id(buffer)] = copy
-            self._names[id(copy)] = name
-            self.buffers.append(copy)
-        return copy
+        found = self._copies.get(id(buffer))
+        if found is None:
+            found = buffer.detach().clone()
+            if self._clean and found.is_floating_point():
+                found = torch.nan_to_num(found, 0.0, 0.0, 0.0)
+            self._copies[id(buffer)] = found
+            self._names[id(found)] = name
+            self.buffers.append(found)
+        return found
+
+    # -- what is put back ----------------------------------------------------------------------------------------------------------
 
     def _keep(self, name: str, value: Any, depth: int) -> None:
-        """Remember a container's items, and the values of a tensor."""
-        if isinstance(value, Tensor):
-            if type(value) is Tensor and not isinstance(value, nn.Parameter):
-                size = value.numel() * value.element_size()
-                copy = value.detach().clone() if self._kept + size <= KEPT else None
-                self._kept += size if copy is not None else 0
-                self._tensors.append((name, value, private.version_or_zero(value), copy))
-        elif type(value) in (list, dict, set, deque) or isinstance(value, dict):
-            if len(value) > 10_000:
-                return
-            self._containers.append((name, value, list(value.items()) if isinstance(value, dict) else list(value)))
-            if depth:
-                for item in list(value.values()) if isinstance(value, dict) else list(value):
-                    self._keep(name, item, depth - 1)
+        """Remember what a value holds, if the forward pass may change that in place."""
+        if id(value) in self._seen or value is None or isinstance(value, (str, bytes, int, float, type, torch.dtype, torch.device)):
+            return
+        self._seen.add(id(value))
+        if len(self._seen) > MANY:
+            return
+        if isinstance(value, nn.Module):  # in a plain list: it is no part of the model, and runs with it
+            self._modules += [(name, module) for module in value.modules() if id(module) not in self._seen or module is value]
+            self._seen.update(map(id, value.modules()))
+        elif isinstance(value, Tensor):
+            self._keep_tensor(name, value)
+        elif isinstance(value, np.ndarray):
+            self._bytes += value.nbytes
+            if self._bytes <= KEPT:
+                self._kept.append(_Array(name, value, value.copy()))
+        elif isinstance(value, dict):
+            self._keep_dictionary(name, value)
+            self._keep_all(name, list(value.values()), depth)
+        elif isinstance(value, (list, set, deque)):
+            self._kept.append(_Container(name, value, list(value)))
+            self._keep_all(name, list(value), depth)
+        elif isinstance(value, tuple):
+            self._keep_all(name, list(value), depth)
+        elif type(value) in _GENERATORS:
+            get, put = _GENERATORS[type(value)]
+            self._kept.append(_Generator(name, value, get(value), put))
+        elif isinstance(value, (MethodType, FunctionType, functools.partial)):
+            self._keep_function(value)
+        elif depth and isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
+            self._keep_dictionary(name, vars(value))
+            self._keep_all(name, list(vars(value).values()), depth)
 
-    def changes(self) -> list[str]:
-        """Names of what the forward pass has changed, those aside that a normalisation counts."""
-        found = [name for name, attributes, own in self._attributes for name in _differ(name, attributes, own)]
-        found += [name for name, value, items in self._containers if not _same(value, items)]
-        found += [name for name, tensor, version, _ in self._tensors if private.version_or_zero(tensor) != version]
-        for name, module in self._modules:
-            for key, buffer in private.own_buffers(module).items():
-                if buffer is not None and private.version_or_zero(buffer) and key not in _COUNTED:
-                    found.append(f"{name}.{key}" if name else key)
-        return list(dict.fromkeys(found))
+    def _keep_all(self, name: str, items: list[Any], depth: int) -> None:
+        for item in items[:MANY] if depth else ():
+            self._keep(name, item, depth - 1)
 
-    def __exit__(self, *error: Any) -> None:
-        for dictionary, before in reversed(self._dictionaries):
-            dictionary.clear()
-            dictionary.update(before)
-        for _, attributes, own in self._attributes:
-            for key in [key for key in attributes if key not in own and key not in _TORCHS and not _is_hooks(key)]:
-                del attributes[key]
-            for key, value in own.items():
-                if attributes.get(key, self) is not value:
-                    attributes[key] = value
-        for _, value, items in self._containers:
-            if not _same(value, items):
-                value.clear()
-                value.update(items) if isinstance(value, (dict, set)) else value.extend(items)
-        with torch.no_grad():
-            for _, tensor, version, copy in self._tensors:
-                if copy is not None and private.version_or_zero(tensor) != version:
-                    tensor.detach().copy_(copy)
+    def _keep_dictionary(self, name: str, dictionary: dict[Any, Any], skip: Collection[str] = (), each: bool = False) -> None:
+        items = {key: value for key, value in dictionary.items() if key not in skip}
+        self._kept.append(_Dictionary(name, dictionary, items, skip, each))
+
+    def _keep_tensor(self, name: str, tensor: Tensor) -> None:
+        if type(tensor) is not Tensor or tensor.is_meta:
+            return
+        self._bytes += tensor.numel() * tensor.element_size()
+        copy_ = tensor.detach().clone() if self._bytes <= KEPT else None
+        self._kept.append(_Memory(name, tensor, private.version_or_zero(tensor), copy_))
+
+    def _keep_function(self, function: Any) -> None:
+        """What a function of the user's writes to: what it is bound to, its closure, and containers that are global."""
+        if isinstance(function, functools.partial):
+            self._keep("", [*function.args, *function.keywords.values()], DEPTH)
+            return self._keep_function(function.func)
+        if isinstance(function, MethodType):
+            self._keep("", function.__self__, DEPTH)
+            return self._keep_function(function.__func__)
+        if not isinstance(function, FunctionType) or function.__module__.partition(".")[0] == "torch":
+            return None
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # nothing has been put into it yet
+                self._keep("", cell.cell_contents, DEPTH)
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, (dict, list, set, deque, np.ndarray)):
+                self._keep("", value, DEPTH)
+        return None
 
 
-_TORCHS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+class _Kept(Protocol):
+    """Something that is put back: `name` is what to call it, "" where that is no state of the model."""
+
+    name: str
+
+    def is_changed(self) -> bool: ...
+    def put_back(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Dictionary:
+    name: str
+    dictionary: dict[Any, Any]
+    items: dict[Any, Any]
+    skip: Collection[str] = ()
+    each: bool = False
+    """Its entries are what is named: attributes of a module."""
+
+    def is_changed(self) -> bool:
+        changed = [
+            key
+            for key, value in self.dictionary.items()
+            if key not in self.skip and self.items.get(key, self) is not value and not str(key).startswith("_flat_weight")
+        ]
+        if self.each and changed:
+            self.name = _join(self.name, str(changed[0]))
+        return bool(changed) or (not self.each and len(self.dictionary) != len(self.items))
+
+    def put_back(self) -> None:
+        now = [key for key in self.dictionary if key not in self.skip]
+        # By the class that keeps the order: `Counter.update` adds, and `defaultdict` has a say of its own.
+        base = OrderedDict if isinstance(self.dictionary, OrderedDict) else dict
+        kept = [key for key in now if key in self.items]
+        again = (
+            [] if kept == list(self.items) else kept
+        )  # some were taken out: their places are those of before only if all come anew
+        for key in [*again, *(key for key in now if key not in self.items)]:
+            base.__delitem__(self.dictionary, key)
+        for key, value in self.items.items():
+            if self.dictionary.get(key, self) is not value:
+                base.__setitem__(self.dictionary, key, value)
+
+
+@dataclass(slots=True)
+class _Container:
+    name: str
+    container: Any
+    items: list[Any]
+
+    def is_changed(self) -> bool:
+        now = list(self.container)
+        return len(now) != len(self.items) or any(a is not b for a, b in zip(now, self.items, strict=True))
+
+    def put_back(self) -> None:
+        if self.is_changed():
+            self.container.clear()
+            (self.container.update if isinstance(self.container, set) else self.container.extend)(self.items)
+
+
+@dataclass(slots=True)
+class _Memory:
+    name: str
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
+
+    def is_changed(self) -> bool:
+        return private.version_or_zero(self.tensor) != self.version
+
+    def put_back(self) -> None:
+        if self.copy is not None and self.is_changed():
+            with torch.no_grad():
+                self.tensor.detach().copy_(self.copy)
+
+
+@dataclass(slots=True)
+class _Array:
+    name: str
+    array: Any
+    copy: Any
+
+    def is_changed(self) -> bool:
+        return bool(self.array.tobytes() != self.copy.tobytes())
+
+    def put_back(self) -> None:
+        if self.array.flags.writeable and self.is_changed():
+            self.array[...] = self.copy
+
+
+@dataclass(slots=True)
+class _Generator:
+    name: str
+    generator: Any
+    state: Any
+    put: Callable[[Any, Any], None]
+
+    def is_changed(self) -> bool:
+        return False  # it is put back, and how it stood when the pass began is not known
+
+    def put_back(self) -> None:
+        self.put(self.generator, self.state)
+
+
+def _set_numpy(generator: Any, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    random.Random: (lambda g: g.getstate(), lambda g, state: g.setstate(state)),
+    np.random.Generator: (lambda g: copy.deepcopy(g.bit_generator.state), _set_numpy),
+    np.random.RandomState: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+}
+
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
+_TORCHS = frozenset(
+    {
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"),
+        *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks"),
+        *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", *_HOOKS),
+    }
+)
+"""Names in the `__dict__` of a module that are torch's."""
+
 _COUNTED = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 """Buffers that a normalisation counts in training and does not read."""
 
 
-def _is_hooks(key: str) -> bool:
-    return key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
-def _differ(name: str, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in attributes.items():
-        if key not in _TORCHS and not _is_hooks(key) and own.get(key, own) is not value and not key.startswith("_flat_weight"):
-            yield f"{name}.{key}" if name else key
-
-
-def _same(container: Any, items: list[Any]) -> bool:
-    now = list(container.items()) if isinstance(container, dict) else list(container)
-    if len(now) != len(items):
-        return False
-    if isinstance(container, dict):
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, items, strict=True))
-    return all(a is b for a, b in zip(now, items, strict=True))
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of what would be counted twice."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.investigate.tracer import look, of_node
+from gradwatch.investigate.tracer import FINE, Bad, look, of_node
 
 LIMIT = 20_000
 """Nodes that are looked at: a loss has dozens."""
@@ -29,7 +29,6 @@ LEAVES_DOMAIN = frozenset(
     {
         *("log", "log2", "log10", "log1p", "div", "reciprocal", "rsqrt", "exp", "exp2", "expm1", "tan", "atanh", "logit", "erfinv"),
         *("lgamma", "sinh", "cosh", "softmax", "log_softmax", "logsumexp", "sqrt", "pow", "acos", "asin", "acosh", "var", "std"),
-        *("nll_loss", "nll_loss2d", "binary_cross_entropy", "kl_div", "cross_entropy_loss", "mean"),
         *("ctc_loss", "linalg_inv", "linalg_solve", "linalg_cholesky", "logdet", "digamma", "cumprod"),
     }
 )
@@ -97,11 +96,13 @@ class Outside:
         nodes: in the order of a walk from the roots.
         leads: node -> what it leads to: sequence numbers of the nodes that made the model's outputs, and ids of parameters.
         consumers: node -> those nearer to the roots.
+        loss: what the roots hold.
     """
 
     nodes: list[Any] = field(default_factory=list)
     leads: dict[Any, frozenset[Any]] = field(default_factory=dict)
     consumers: dict[Any, list[Any]] = field(default_factory=dict)
+    loss: Bad = FINE
 
 
 def outside(roots: Iterable[Any], outputs: Collection[int], parameters: Collection[int]) -> Outside:
@@ -113,6 +114,10 @@ def outside(roots: Iterable[Any], outputs: Collection[int], parameters: Collecti
         parameters: ids of the watched ones.
     """
     found = Outside()
+    for root in roots:
+        if isinstance(root, Tensor):
+            bad = look(root)
+            found.loss = Bad(found.loss.nan or bad.nan, found.loss.inf or bad.inf)
     ends: dict[Any, set[Any]] = {}
     starts = [root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None]
     todo, seen = deque(dict.fromkeys(starts)), set(starts)
@@ -161,48 +166,140 @@ def suspects(part: Outside, bad: Collection[Any]) -> list[Suspect]:
     return found
 
 
-def born(part: Outside, outputs: Collection[int]) -> Suspect | None:
+def born(part: Outside, outputs: Mapping[int, Bad | None]) -> Suspect | None:
     """Before the backward, while the graph still holds values: the operator by which a loss went bad whose model's outputs are finite.
 
-    What a node keeps tells of the outputs of those below it, and some keep or give away their own. A node is the place where all it was
-    given is known to be fine and its output known to be bad; or it is the only one whose output is not known to be fine.
+    What a node keeps tells of the outputs of those below it, and some keep their own, or what it takes to compute it again. An operator
+    gave birth where its output is known to be bad and all it was given is known not to be: to hold no NaN, where the output holds one.
+    And it has to lead to the loss: what is known to be fine on the way has taken the bad value out.
 
     Args:
         part: the graph outside the model.
-        outputs: sequence numbers of the nodes that made the model's outputs.
+        outputs: sequence number of the node that made an output of the model -> what the output holds; None: not known.
 
     Returns:
         None where it is not known, or it is inside the model.
     """
-    fine: dict[Any, bool] = {}
+    held = _values_of(part, outputs)
+    leads: set[Any] = set()
     for node in part.nodes:  # from the loss on
+        above = part.consumers.get(node, ())
+        if not above or any(each in leads for each in above):
+            known = held.get(node)
+            if known is None or known:
+                leads.add(node)
+    for node in sorted(leads, key=private.sequence_number):
+        op, value = of_node(type(node).__name__), held.get(node)
+        given = [_held_by(below, held, outputs) for below, _ in node.next_functions]
+        constant = _bad_constant(node)
+        if constant is not None:
+            return Suspect(op, node, given=constant[0], values=constant[1])
+        if not value:
+            continue
+        if all(each is not None and not (each.nan if value.nan else each) for each in given):
+            if op in ("add", "sub", "rsub") and any(below is None for below, _ in node.next_functions):
+                return Suspect(op, node, given="what")  # finite numbers do not add up to it: what it is given besides is bad
+            return Suspect(op, node)
+        if _is_sure(node, op):
+            return Suspect(op, node)
+    return None
+
+
+def _values_of(part: Outside, outputs: Mapping[int, Bad | None]) -> dict[Any, Bad]:
+    """What the outputs of nodes hold, as far as that is known."""
+    held: dict[Any, Bad] = {}
+    for node in part.nodes:
         for below, value in _given(node):
             if below is not None and value is not None:
-                fine[below] = fine.get(below, True) and not look(value)
+                held[below] = look(value)
         own = _result(node)
         if own is not None:
-            fine.setdefault(node, not look(own))
+            held.setdefault(node, look(own))
+        if _is_sure(node, of_node(type(node).__name__)):
+            held[node] = Bad(nan=True, inf=True)  # one of the two
     for node in part.nodes:
         if node not in part.consumers:
-            fine[node] = False  # it is the loss
-    maybe = []
-    for node in sorted(part.nodes, key=private.sequence_number):
-        op = of_node(type(node).__name__)
-        for key in _CONSTANTS:
-            value = _saved(node, key)
-            if value is not None and look(value) and _is_constant(node, key):
-                return Suspect(op, node, given=key, values=value)
-        if not all(_is_fine(below, fine) for below, _ in node.next_functions):
-            if any(
-                below is not None and fine.get(below) is False and _is_output(below, outputs) for below, _ in node.next_functions
-            ):
-                return None  # the model put it out
-            continue
-        if fine.get(node) is False:
-            return Suspect(op, node)
-        if fine.get(node) is None and op in LEAVES_DOMAIN:
-            maybe.append(Suspect(op, node))
-    return maybe[0] if len(maybe) == 1 else None
+            held[node] = part.loss
+    return held
+
+
+def _held_by(node: Any, held: Mapping[Any, Bad], outputs: Mapping[int, Bad | None], depth: int = 16) -> Bad | None:
+    """What comes from below: a constant that is not kept counts as fine, and a parameter is looked at."""
+    if node is None:
+        return FINE
+    leaf = getattr(node, "variable", None)
+    if leaf is not None:
+        return look(leaf)
+    if node in held:
+        return held[node]
+    number = private.sequence_number(node)
+    if number in outputs:
+        return outputs[number]
+    # Of finite numbers these make finite ones, whatever they are.
+    if depth and of_node(type(node).__name__) in _KEEPS:
+        given = [_held_by(below, held, outputs, depth - 1) for below, _ in node.next_functions]
+        return FINE if all(each is not None and not each for each in given) else None
+    return None
+
+
+_KEEPS = frozenset(
+    {
+        *(
+            "neg",
+            "abs",
+            "view",
+            "reshape",
+            "unsafe_view",
+            "transpose",
+            "permute",
+            "t",
+            "expand",
+            "squeeze",
+            "unsqueeze",
+            "select",
+            "slice",
+        ),
+        *(
+            "index",
+            "gather",
+            "clone",
+            "alias",
+            "relu",
+            "tanh",
+            "sigmoid",
+            "clamp",
+            "clamp_min",
+            "softmax",
+            "log_softmax",
+            "where",
+            "cat",
+        ),
+        *("stack", "threshold", "split", "unbind", "index_select"),
+    }
+)
+"""Operators that make finite numbers of finite ones."""
+
+
+def _bad_constant(node: Any) -> tuple[str, Tensor] | None:
+    """An input of a node that has no graph, is kept, and is not finite."""
+    for key in _CONSTANTS:
+        value = _saved(node, key)
+        if value is not None and look(value) and _is_constant(node, key):
+            return key, value
+    return None
+
+
+def _is_sure(node: Any, op: str) -> bool:
+    """Its output is bad whatever else it is given: a division by 0, a mean of nothing."""
+    if op == "div":
+        other = _saved(node, "other")
+        return other is not None and bool((other == 0).any())
+    if op == "mean":
+        return private.saved_integer(node, "self_sym_numel") == 0
+    if op in ("nll_loss", "nll_loss2d"):
+        weight = _saved(node, "total_weight")
+        return weight is not None and private.saved_integer(node, "reduction") == 1 and bool((weight == 0).all())
+    return False
 
 
 _CONSTANTS = ("target", "weight", "pos_weight", "var", "other", "self")
@@ -221,17 +318,6 @@ def _given(node: Any) -> list[tuple[Any, Tensor | None]]:
 def _saved(node: Any, name: str) -> Tensor | None:
     value = private.saved_tensor(node, name)
     return value if value is not None and private.has_value(value) else None
-
-
-def _is_output(node: Any, outputs: Collection[int]) -> bool:
-    return private.sequence_number(node) in outputs
-
-
-def _is_fine(node: Any, fine: Mapping[Any, bool]) -> bool:
-    if node is None:
-        return True
-    leaf = getattr(node, "variable", None)
-    return fine.get(node, False) if leaf is None else not look(leaf)
 
 
 def _is_constant(node: Any, key: str) -> bool:

@@ -15,7 +15,7 @@ from gradwatch.investigate import graph, mend, telling
 from gradwatch.investigate.again import NotReplayable
 from gradwatch.investigate.frames import USER, kind_of
 from gradwatch.investigate.replay import Outcome, replay
-from gradwatch.investigate.tracer import Event, Tracer, address, look
+from gradwatch.investigate.tracer import Bad, Event, Tracer, address, is_mask, look
 from gradwatch.records import Inquiry, Origin
 
 
@@ -234,8 +234,14 @@ def _bad_weight(case: Case, name: str, tensor: Tensor, kind: str = "weight") -> 
 
 def loss_of(case: Case) -> graph.Suspect | None:
     """Before a backward whose loss is not finite: what the graph shows of it."""
-    outputs = boundary(case.calls)
-    return graph.born(graph.outside(case.roots, outputs, frozenset(case.parameters)), outputs)
+    values: dict[int, Bad | None] = dict.fromkeys(boundary(case.calls))
+    for call in case.calls:
+        for number, (held, version) in call.outputs.items():
+            if private.version_or_zero(held) == version:
+                bad = values[call.nodes[number]] = look(held)
+                if bad and not is_mask(held, bad):
+                    return None  # it came out of the model
+    return graph.born(graph.outside(case.roots, values.keys(), frozenset(case.parameters)), values)
 
 
 def boundary(calls: Sequence[Call]) -> frozenset[int]:
@@ -273,6 +279,8 @@ def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: grap
         bad = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
     if not bad:
         return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if case.loss_is_bad else None
+    if case.loss_is_bad:
+        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN)
     return _suspected(case, graph.suspects(part, bad))
 
 
@@ -284,8 +292,12 @@ def _suspected(case: Case, found: Sequence[graph.Suspect]) -> Inquiry | None:
         phase = "input" if suspect.given else "forward" if case.loss_is_bad else "backward"
         if suspect.given and suspect.values is not None:
             what, _ = telling.rows(suspect.values)
-            cause = f"The {suspect.given} given to {op} in the loss holds {what} in the batch of step {case.step}."
+            name = f"The {suspect.given} that {op} is given" if suspect.given not in ("self", "other") else f"What {op} is given"
+            cause = f"{name} in the loss, outside the model, holds {what} in the batch of step {case.step}."
             remedy = "Look at these rows where the batch is made (torch.isfinite(y).all())."
+        elif suspect.given:
+            cause = f"What {op} in the loss is given besides the model's output is not finite in the batch of step {case.step}."
+            remedy = "Look at the targets where the batch is made (torch.isfinite(y).all())."
         else:
             cause = telling.outside(op, case.loss_is_bad)
             remedy = telling.remedy_of(ops[0], backward=not case.loss_is_bad)

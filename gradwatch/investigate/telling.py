@@ -97,14 +97,14 @@ def _value(root: Event, op: str) -> str:
     return f"{op} of finite numbers"
 
 
-BORN_OUTSIDE = "It was born outside the model, in the loss: what the model puts out is finite."
+BORN_OUTSIDE = "It was born outside the model, in the loss: what the model puts out is as it should be."
 AGAIN = 'The line is told if it happens again while the weights are good: on_nonfinite="skip" keeps them so.'
 
 
 def outside(op: str, loss_is_bad: bool) -> str:
     """Of an operator in the loss."""
     if loss_is_bad:
-        return f"{op} in the loss, outside the model, makes it not finite; what the model puts out is."
+        return f"{op} in the loss, outside the model, makes it not finite."
     return f"The derivative of {op} in the loss, outside the model, is not finite; the loss itself is."
 
 

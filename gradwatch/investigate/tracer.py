@@ -313,7 +313,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event = self._status[address(tensor)] = self._new("", bad)
         event.given, event.tensor = given, tensor
         event.meant = given == "constant" and not bad.nan
-        event.masks = _is_mask(tensor, bad)
+        event.masks = is_mask(tensor, bad)
         event.nan_root, event.inf_root = (event if bad.nan else None), (event if bad.inf else None)
         event.made_nan = event.nan_root
         return event
@@ -325,7 +325,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with_nan = [cause for cause, held in step.causes if held.nan]
         with_inf = [cause for cause, held in step.causes if held.inf]
         if op.constant and not step.causes and not bad.nan:
-            event.meant, event.masks = True, _is_mask(output, bad)
+            event.meant, event.masks = True, is_mask(output, bad)
         if bad.inf:
             roots = [cause.inf_root or cause for cause in with_inf] or [cause.root for cause in with_nan]
             event.inf_root = next((root for root in roots if not root.is_deliberate), roots[0]) if roots else event
@@ -447,7 +447,7 @@ def _values(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _is_mask(tensor: Tensor, bad: Bad) -> bool:
+def is_mask(tensor: Tensor, bad: Bad) -> bool:
     """Of its bad values all are -Inf."""
     return not bad.nan and not bool((_values(tensor.detach()) == torch.inf).any())
 

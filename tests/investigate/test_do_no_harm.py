@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -359,3 +360,180 @@ def test_large_inputs_of_many_forward_passes_are_not_held() -> None:
             model(torch.zeros(8192, 1024))  # 32 MB
         assert watch._recorder is not None
         assert len(watch._recorder.held.calls) <= 3
+
+
+class Keeper:
+    """Somebody's helper object."""
+
+    def __init__(self) -> None:
+        self.count, self.seen = 0, []
+
+
+class Everything(nn.Module):
+    """Keeps state wherever a module can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.counter: Counter[str] = Counter(a=3)
+        self.ordered: OrderedDict[str, int] = OrderedDict(x=1, y=2)
+        self.many: defaultdict[str, list[int]] = defaultdict(list)
+        self.generator = torch.Generator().manual_seed(3)
+        self.numpy = np.random.default_rng(4)
+        self.old = np.random.RandomState(5)
+        self.python = random.Random(6)
+        self.array = np.zeros(3)
+        self.helper = Keeper()
+        self.plain = [nn.BatchNorm1d(4)]
+        self.long = list(range(20_000))
+        self.user_hooks: list[int] = []
+        self.window: deque[int] = deque(maxlen=3)
+
+    def forward(self, batch: Any, bad: bool) -> Tensor:
+        self.counter["a"] += 1
+        self.ordered.move_to_end("x")
+        self.many["new"].append(1)
+        noise = torch.rand(1, generator=self.generator) + self.numpy.random() + self.old.rand() + self.python.random()
+        self.array += 1
+        self.helper.count += 1
+        self.helper.seen.append(1)
+        self.long.append(1)
+        self.user_hooks.append(1)
+        self.window.append(self.counter["a"])
+        batch.x.mul_(1.0)
+        batch.extra["n"] = batch.extra.get("n", 0) + 1
+        h = self.plain[0](self.layer(batch.x * 1.0)) * float(noise)
+        return torch.log(torch.relu(h)) if bad else h
+
+
+class Batch:
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.extra = x, UserDict()  # type: ignore[var-annotated]
+
+
+def everything(watched: bool) -> list[Any]:
+    torch.manual_seed(0)
+    model = Everything()
+    outputs: list[int] = []
+    model.layer.register_forward_hook(lambda module, args, output: outputs.append(1))
+    parameters = [*model.parameters(), *model.plain[0].parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    watch = GradWatch(model, console=False)
+    if watched:
+        watch.attach()
+    batches = []
+    for i in range(5):
+        batches.append(Batch(torch.randn(8, 4)))
+        optimizer.zero_grad()
+        model(batches[-1], i == 3).square().mean().backward()
+        if i == 3:
+            optimizer.zero_grad()
+        optimizer.step()
+    if watched:
+        assert watch.notices == ()
+        assert watch.alerts[0].step == 3
+        watch.detach()
+    helper = model.helper
+    state: list[Any] = [dict(model.counter), list(model.ordered), dict(model.many), helper.count, len(helper.seen), len(model.long)]
+    state += [len(model.user_hooks), list(model.window), len(outputs), [dict(batch.extra) for batch in batches], list(vars(model))]
+    state += [model.array.tolist(), model.numpy.random(), model.old.rand(), model.python.random()]
+    state += [torch.rand(1, generator=model.generator), *model.plain[0].state_dict().values(), *model.state_dict().values()]
+    return state
+
+
+def test_whatever_a_model_keeps_is_put_back() -> None:
+    for plain, watched in zip(everything(watched=False), everything(watched=True), strict=True):
+        assert same(plain, watched), (plain, watched)
+
+
+def test_an_iterator_is_not_used_up() -> None:
+    class Pulls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, batches: Any) -> Tensor:
+            return self.layer(next(batches)).div(0.0)
+
+    model = Pulls()
+    batches = iter([torch.randn(3, 4) for _ in range(3)])
+    with GradWatch(model, console=False) as watch:
+        model(batches).sum().backward()
+        assert len(list(batches)) == 2
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert "iterator" in watch.alerts[0].cause
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tracing_cannot_end_a_training() -> None:
+    """Operators that nobody here has met run on while they are traced."""
+    from torch._subclasses import FakeTensorMode
+
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adjacency = torch.eye(3).to_sparse() * torch.inf
+    with GradWatch(model, console=False, on_nonfinite="skip") as watch:
+        for i in range(4):
+            optimizer.zero_grad()
+            out = model(torch.randn(3, 4))
+            loss = torch.sqrt((out - (out.detach() if i == 0 else 1.0)).square()).sum() + torch.acos(out * 0).sum() ** 0.5
+            if i:
+                torch.sparse.mm(adjacency, out)
+                torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]).sum()
+                with FakeTensorMode():
+                    torch.ones(3).sum()
+            loss.backward()
+            optimizer.step()
+    assert private.watched_operators() == 0
+    assert watch.notices == ()
+
+
+def test_a_graph_is_let_go_when_its_backward_raises() -> None:
+    import gc
+    import weakref
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise ValueError("no")
+
+    model = nn.Linear(4, 2)
+    with GradWatch(model, console=False):
+        x = torch.randn(3, 4)
+        ref = weakref.ref(x)
+        loss = torch.log(Fails.apply(model(x)).sum() * 0)
+        with pytest.raises(ValueError, match="no"):
+            loss.backward()
+        del loss, x
+        for _ in range(3):
+            model(torch.randn(3, 4)).sum().backward()
+        gc.collect()
+        assert ref() is None
+
+
+def test_of_a_huge_list_next_to_nothing_is_looked_at() -> None:
+    class Ids(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, ids: list[int]) -> Tensor:
+            return self.layer(x)
+
+    visited = []
+
+    class Number(int):
+        @property
+        def __class__(self) -> type:  # asked by every isinstance
+            visited.append(1)
+            return int
+
+    model = Ids()
+    ids: list[int] = [Number(i) for i in range(50_000)]
+    with GradWatch(model, console=False):
+        model(torch.randn(3, 4), ids).sum().backward()
+    assert len(visited) < 20_000
