@@ -88,8 +88,8 @@ def _answer(case: Case, cause: str, remedy: str, cut: Cut) -> Inquiry:
     if not cut.place.file or kind_of(cut.place.file) != USER:
         return Inquiry(case.step, None, cause, remedy)
     names = {"detach": ("detach", "detach_"), ".data": ("data",), "other": (cut.name,)}.get(cut.kind)
-    diff = mend.removal(cut.place.file, cut.place.line, names) if names else None
-    shown = diff or f"  {mend.line_of(cut.place.file, cut.place.line)}"
+    diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names else None
+    shown = diff or f"  {mend.line_of(cut.place.file, cut.place.line, cut.place.code)}"
     return Inquiry(case.step, None, cause, f"{remedy}\n{shown}" if shown.strip() else remedy)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import linecache
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import NamedTuple
 
 EPS = "1e-8"
@@ -26,14 +28,18 @@ class Culprit:
     Attributes:
         op: its name without "aten::".
         backward: it is its derivative that is bad.
-        low: smallest number of its last input that is a tensor; NaN: not known.
+        low: smallest number of its last input that is a floating tensor; NaN: not known.
         tensors: how many tensors it was given.
+        half: in half precision, where 1e-8 is 0, 1e-6 away from 1 is 1 and exp(80) is Inf.
+        code: of the function that the line stands in; None: not known.
     """
 
     op: str
     backward: bool = False
     low: float = float("nan")
     tensors: int = 1
+    half: bool = False
+    code: CodeType | None = None
 
 
 class Mend(NamedTuple):
@@ -53,27 +59,52 @@ NONE = Mend()
 
 def mend(file: str, line: int, culprit: Culprit) -> Mend:
     """The smallest mend of a line."""
+    op = culprit.op.strip("_")
+    if (culprit.half and op != "to_copy" and "softmax" not in op) or not is_as_it_was(file, culprit.code):
+        return NONE
     found = _statement(file, line)
     if found is None:
         return NONE
     source, first, tree = found
-    make = _MENDS.get(culprit.op.strip("_"))
+    make = _MENDS.get(op)
     if make is None:
         return NONE
     edits = [edit for node in _on_line(tree, line - first + 1) for edit in make(node, culprit, source)]
     traps = _trap(tree, culprit, source) if culprit.backward else []
     edits = list(dict.fromkeys(traps or edits))
     diff = _diff(source, edits[0]) if len(edits) == 1 else None
-    return Mend(diff, bool(traps)) if diff else NONE
+    return Mend(diff, bool(traps)) if diff and _parses(source, edits[0]) else NONE
 
 
-def line_of(file: str, line: int) -> str:
-    """A line as it stands, "" where it is not to be had."""
-    return linecache.getline(file, line).strip()
+def line_of(file: str, line: int, code: CodeType | None = None) -> str:
+    """A line as it stands, "" where it is not to be had, or has been edited since the code runs."""
+    return linecache.getline(file, line).strip() if is_as_it_was(file, code) else ""
 
 
-def removal(file: str, line: int, names: tuple[str, ...]) -> str | None:
+def is_as_it_was(file: str, code: CodeType | None) -> bool:
+    """Whether a file still holds the function that runs, where it did: the compiled one is the same."""
+    if code is None:
+        return True
+    linecache.checkcache(file)
+    lines = linecache.getlines(file)
+    if not lines:
+        return False
+    try:
+        todo: list[CodeType] = [compile("".join(lines), file, "exec", dont_inherit=True)]
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    while todo:
+        each = todo.pop()
+        if (each.co_name, each.co_firstlineno, each.co_code) == (code.co_name, code.co_firstlineno, code.co_code):
+            return True
+        todo += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
+    return False
+
+
+def removal(file: str, line: int, names: tuple[str, ...], code: CodeType | None = None) -> str | None:
     """A diff that takes a call out: `F.softmax(x, dim=1)` becomes `x`, `x.detach()` becomes `x`."""
+    if not is_as_it_was(file, code):
+        return None
     found = _statement(file, line)
     if found is None:
         return None
@@ -142,6 +173,21 @@ def _operand(source: list[str], node: ast.expr) -> Span:
 
 def _text(source: list[str], node: ast.expr) -> str:
     return ast.get_source_segment("\n".join(source), node) or ast.unparse(node)
+
+
+def _edited(source: list[str], edit: Edit) -> list[str]:
+    """All lines, with the edit made."""
+    first, start, last, end = edit.span
+    head, tail = source[first - 1].encode()[:start].decode(), source[last - 1].encode()[end:].decode()
+    return [*source[: first - 1], *(head + edit.text + tail).split("\n"), *source[last:]]
+
+
+def _parses(source: list[str], edit: Edit) -> bool:
+    try:
+        ast.parse("def f():\n" + textwrap.indent(textwrap.dedent("\n".join(_edited(source, edit))), " "))
+    except SyntaxError:
+        return False
+    return True
 
 
 def _diff(source: list[str], edit: Edit) -> str | None:
@@ -220,16 +266,40 @@ def _clamped(limits: str) -> Callable[[str, ast.expr, bool, Culprit], str]:
 def _plus_eps(text: str, node: ast.expr, method: bool, culprit: Culprit) -> str:
     if not culprit.backward and culprit.low < 0:
         return f"{_closed(text, node)}.clamp_min({EPS})"
-    low = isinstance(node, (ast.Compare, ast.BoolOp, ast.IfExp, ast.Lambda))
-    added = f"{f'({text})' if low else text} + {EPS}"
+    added = f"{_summand(text, node)} + {EPS}"
     return f"({added})" if method else added
 
 
+def _summand(text: str, node: ast.expr) -> str:
+    """In parentheses where a plus behind it would take part of it only."""
+    return f"({text})" if isinstance(node, (ast.Compare, ast.BoolOp, ast.IfExp, ast.Lambda, ast.NamedExpr)) else text
+
+
 def _root(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
-    yield from _argument(("sqrt", "sqrt_", "rsqrt", "pow"), _plus_eps)(node, culprit, source)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        inner = node.left
-        yield Edit(_operand(source, inner), f"({_text(source, inner)} + {EPS})")
+    if culprit.op.strip("_") != "pow":
+        yield from _argument(("sqrt", "sqrt_", "rsqrt"), _plus_eps)(node, culprit, source)
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Pow)
+        and _is_root(node.right)
+        and not isinstance(node.left, ast.Constant)
+    ):
+        inner, text = node.left, _text(source, node.left)
+        if not culprit.backward and culprit.low < 0:
+            yield Edit(_operand(source, inner), f"{_closed(text, inner)}.clamp_min({EPS})")
+        else:
+            yield Edit(_operand(source, inner), f"({_summand(text, inner)} + {EPS})")
+    if isinstance(node, ast.Call) and _called(node) in ("pow", "pow_") and node.args and _is_root(node.args[-1]):
+        yield from _argument(("pow", "pow_"), _plus_eps)(node, culprit, source)
+
+
+def _is_root(exponent: ast.expr) -> bool:
+    """A number below 1: what is larger has a derivative at 0, and what is no number is not known."""
+    try:
+        value = ast.literal_eval(exponent)
+    except (ValueError, TypeError, SyntaxError):
+        return False
+    return isinstance(value, (int, float)) and value < 1
 
 
 def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -242,11 +312,16 @@ def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
     if divisor is None:
         return
     text, span = _text(source, divisor), _operand(source, divisor) if isinstance(node, ast.BinOp) else _span(divisor)
-    if culprit.tensors < 2:
-        if not isinstance(divisor, ast.Constant):
+    if culprit.tensors < 2 and culprit.op.strip("_") != "reciprocal":
+        if isinstance(divisor, (ast.Name, ast.Attribute, ast.Call)):
             yield Edit(span, f"max({text}, {EPS})")
     elif culprit.low >= 0:
         yield Edit(span, f"{_closed(text, divisor)}.clamp_min({EPS})")
+
+
+def _with_keyword(text: str, node: ast.Call, keyword: str) -> str:
+    inside = text[:-1].rstrip().removesuffix(",")
+    return f"{inside}, {keyword})" if node.args or node.keywords else f"{inside}{keyword})"
 
 
 def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -254,7 +329,8 @@ def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
         if {keyword.arg for keyword in node.keywords} & {"unbiased", "correction"}:
             return
         text = _text(source, node)
-        yield Edit(_span(node), f"{text[:-1]}{', ' if node.args or node.keywords else ''}correction=0)")
+        if "\n" not in text and len(node.args) <= (1 if _is_method(node) else 2):
+            yield Edit(_span(node), _with_keyword(text, node, "correction=0"))
 
 
 def _to_half(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -281,7 +357,9 @@ _MINUS_INF = frozenset({"float('-inf')", "-torch.inf", "-math.inf", "-np.inf", "
 
 def _ctc(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
     if isinstance(node, ast.Call) and _called(node) == "ctc_loss" and "zero_infinity" not in {word.arg for word in node.keywords}:
-        yield Edit(_span(node), f"{_text(source, node)[:-1]}, zero_infinity=True)")
+        text = _text(source, node)
+        if "\n" not in text:
+            yield Edit(_span(node), _with_keyword(text, node, "zero_infinity=True"))
 
 
 def _trap(tree: ast.AST, culprit: Culprit, source: list[str]) -> list[Edit]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gradwatch.capture import private
@@ -134,12 +136,13 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     last = root.facts[-1] if root.facts else (float("nan"), float("nan"), 0)
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
-        culprit = mend.Culprit(root.op, backward, last[0], len(root.facts))
+        half = root.dtype in (torch.float16, torch.bfloat16)
+        culprit = mend.Culprit(root.op, backward, last[0], root.tensors, half, place.code)
         found = mend.mend(file, line, culprit)
         masked = root.mask.place if root.mask is not None else None
         if not found.diff and masked is not None and masked.file and kind_of(masked.file) == USER:
-            found = mend.mend(masked.file, masked.line, culprit)  # where the mask is filled in
-        shown = found.diff or f"  {mend.line_of(file, line)}".rstrip()
+            found = mend.mend(masked.file, masked.line, replace(culprit, code=masked.code))  # where the mask is filled in
+        shown = found.diff or f"  {mend.line_of(file, line, place.code)}".rstrip()
     remedy = telling.TRAP if found.trap else telling.remedy(root, backward)
     outputs = {}
     if not backward and call is not None:
@@ -168,7 +171,7 @@ def _constant(case: Case, root: Event) -> Inquiry:
     op, place = telling.operator(root.op), root.place
     at = f" at {place.source}" if place.source else ""
     module = case.modules.get(place.module, "")
-    shown = f"\n  {mend.line_of(place.file, place.line)}" if place.file and kind_of(place.file) == USER else ""
+    shown = f"\n  {mend.line_of(place.file, place.line, place.code)}" if place.file and kind_of(place.file) == USER else ""
     if root.tensor.dim() == 0:
         phase: Literal["forward", "backward"] = "backward" if root.backward else "forward"
         remedy = f"Look at where that number is made.{shown}"

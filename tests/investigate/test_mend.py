@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import linecache
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gradwatch.investigate.mend import Culprit, mend, removal
+from gradwatch.investigate.mend import Culprit, line_of, mend, removal
 
 
 def file_of(text: str) -> str:
@@ -39,6 +41,10 @@ CASES = [
     ("return torch.sqrt(x.sum(-1))", Culprit("sqrt", backward=True), "return torch.sqrt(x.sum(-1) + 1e-8)"),
     ("return torch.sqrt(x)", Culprit("sqrt", low=-0.5), "return torch.sqrt(x.clamp_min(1e-8))"),
     ("return x ** 0.5", Culprit("pow", backward=True), "return (x + 1e-8) ** 0.5"),
+    ("return (x if n else p) ** 0.5", Culprit("pow", backward=True), "return ((x if n else p) + 1e-8) ** 0.5"),
+    ("return x ** 0.5", Culprit("pow", low=-1.0), "return x.clamp_min(1e-8) ** 0.5"),
+    ("return x.pow(0.5)", Culprit("pow", backward=True), "return (x + 1e-8).pow(0.5)"),
+    ("return 1 / x", Culprit("reciprocal", low=0.0), "return 1 / x.clamp_min(1e-8)"),
     ("return (x * x) ** 0.5", Culprit("pow", backward=True), "return (x * x + 1e-8) ** 0.5"),
     ("return x / x.norm()", Culprit("div", low=0.0, tensors=2), "return x / x.norm().clamp_min(1e-8)"),
     ("return x / (p * p)", Culprit("div", low=0.0, tensors=2), "return x / (p * p).clamp_min(1e-8)"),
@@ -90,6 +96,15 @@ NONE = [
     ("return (scores + p).masked_fill(mask, -torch.inf).softmax(-1)", Culprit("_softmax")),  # the dtype has no name
     ("return scores.masked_fill(mask, -1e4).softmax(-1)", Culprit("_softmax")),
     ("return x @ p", Culprit("mm")),
+    ("return 1 / x", Culprit("reciprocal", low=-1.0)),
+    ("return x / counts[:, None]", Culprit("div", tensors=2)),  # integers: what is smallest is not known
+    ("return x.var(\n    0,\n)", Culprit("var")),
+    ("return x.var(0, True)", Culprit("var")),
+    ("return torch.pow(10.0, x)", Culprit("pow")),
+    ("return 2.0 ** x", Culprit("pow")),
+    ("return x ** 3", Culprit("pow", low=1.0)),
+    ("return x.pow(2)", Culprit("pow", backward=True)),
+    ("return torch.log(p)", Culprit("log", low=0.0, half=True)),
     ("return torch.log(p", Culprit("log")),  # no Python
 ]
 
@@ -128,3 +143,16 @@ def test_a_call_is_taken_out(text: str, names: tuple[str, ...], expected: str) -
 
 def test_what_is_not_known_of_the_divisor_is_no_number() -> None:
     assert math.isnan(Culprit("div").low)
+
+
+def test_a_file_that_was_edited_while_it_ran(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("def f(p):\n    return p.log()\n", encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
+    culprit = Culprit("log", low=0.0, code=names["f"].__code__)
+    assert mend(str(path), 2, culprit).diff == "- return p.log()\n+ return p.clamp_min(1e-8).log()"
+    assert line_of(str(path), 2, culprit.code) == "return p.log()"
+    path.write_text("def g(p):\n    return (p + 1).log()\n\n\ndef f(p):\n    return p.log()\n", encoding="utf-8")
+    assert mend(str(path), 2, culprit).diff == ""
+    assert line_of(str(path), 2, culprit.code) == ""
