@@ -61,6 +61,11 @@ def _of_cut(cut: Cut) -> tuple[str, str]:
         return f"{cut.name}{at} cuts the way from the loss to them.", f"Take {cut.name} out, {freeze}."
     if cut.kind == "no_grad":
         return f"They are used under no_grad(){at}, which keeps no way back.", f"Run it outside of torch.no_grad(), {freeze}."
+    if cut.kind == "custom":
+        return (
+            f"The way to them leads through the custom function {cut.name}, whose backward gives nothing back for it.",
+            f"Return a gradient for each tensor from {cut.name}.backward.",
+        )
     if cut.kind == "python":
         return (
             f"{cut.name}{at} takes the value out of torch, and with it the way back.",

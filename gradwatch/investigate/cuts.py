@@ -7,10 +7,11 @@ beside it: what counts is whether anything that the model puts out still depends
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from gradwatch.capture.held import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named
-from gradwatch.investigate.frames import Place, here
+from gradwatch.investigate.frames import NOWHERE, Place, here
 
 SQUASHES = frozenset({"softmax", "sigmoid", "log_softmax"})
 """Functions whose calls are remembered: a loss may apply them again."""
@@ -32,7 +33,7 @@ class Cut:
 
     Attributes:
         kind: "detach", ".data", "no_grad", "integer" (an operator whose result is no floating number), "python" (`item`, `numpy`,
-            `tolist`), or "other".
+            `tolist`), "custom" (a custom function, whose backward gives nothing back), or "other".
         name: of the function, as users write it.
         place: of the line.
     """
@@ -97,6 +98,8 @@ class Follower(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in SQUASHES and isinstance(out, Tensor):
             self.squashed[name] = Cut("other", name, here(self._modules, self._stop))
+        if name.startswith(_SHAPES):
+            return out  # it goes by the shape alone
         given = list(_things((args, tuple(kwargs.values()))))
         live = any(id(thing) in self._live for thing in given)
         dead = next((cut for thing in given if (cut := self._dead.get(id(thing))) is not None), None)
@@ -131,11 +134,26 @@ class Follower(TorchFunctionMode):
         if not isinstance(thing, Tensor):
             return Cut("python", f"{name}()", place)
         if not torch.is_grad_enabled():
-            return Cut("no_grad", "no_grad()", place)
+            function = _custom_function()
+            return Cut("custom", function, place) if function else Cut("no_grad", "no_grad()", place)
         if not (thing.is_floating_point() or thing.is_complex()):
             return Cut("integer", name.strip("_"), place)
         return Cut("other", name, place)
 
+
+_SHAPES = (
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "new_",
+    "size",
+    "dim",
+    "stride",
+)
 
 _TO_PYTHON = frozenset({"item", "tolist", "numpy", "__float__", "__int__", "__array__"})
 
@@ -152,20 +170,85 @@ def follow(call: Call, parameters: Collection[int], modules: Container[int] = ()
         NotReplayable: it cannot be, and why.
         Exception: whatever it raises this time.
     """
-    with again(call) as this:
-        sources = [alias for key, alias in this.stand_ins.aliases.items() if key in parameters]
-        with Follower(sources, modules, stop=Again.run.__code__) as follower:
-            output = this.run()
+    follower, output, sources = _followed(call, parameters, modules)
     way = Way(follower.used, squashed=follower.squashed)
     tensors = list(tensors_of(output))
-    way.outputs = [name for name, tensor in named("", output, 6) if follower.is_live(tensor)]
-    if not way.outputs and any(map(follower.is_live, tensors)):
+    live = {id(tensor) for tensor in tensors if follower.is_live(tensor) or _leads(tensor, sources)}
+    way.outputs = [name for name, tensor in named("", output, 6) if id(tensor) in live]
+    if not way.outputs and live:
         way.outputs = [""]
     used = [tensor for number, tensor in enumerate(tensors) if number in call.used] or tensors
-    if not any(map(follower.is_live, used)):
-        cuts = [cut for tensor in used if (cut := follower.cut_of(tensor)) is not None]
-        way.cut = cuts[0] if cuts else follower.ends[-1] if follower.ends and not way.outputs else None
+    if any(id(tensor) in live for tensor in used):
+        way.cut = _custom_on_the_way([tensor for tensor in used if id(tensor) in live], sources)
+        return way
+    cuts = [cut for tensor in used if (cut := follower.cut_of(tensor)) is not None]
+    if cuts:
+        way.cut = cuts[0]
+    elif follower.ends and not way.outputs and _depends(call, parameters, used, tensors):
+        way.cut = follower.ends[-1]  # the values have left torch and have come back
     return way
+
+
+def _followed(
+    call: Call, parameters: Collection[int], modules: Container[int], by: float = 1.0
+) -> tuple[Follower, Any, list[Tensor]]:
+    with again(call) as this:
+        sources = [alias for key, alias in this.stand_ins.aliases.items() if key in parameters]
+        if by != 1.0:
+            for alias in sources:
+                alias.data = alias.detach() * by + 0.1
+        with Follower(sources, modules, stop=Again.run.__code__) as follower:
+            return follower, this.run(), sources
+
+
+def _depends(call: Call, parameters: Collection[int], used: list[Tensor], tensors: list[Tensor]) -> bool:
+    """Whether what is put out has other values where the parameters have."""
+    _, output, _ = _followed(call, parameters, (), by=1.5)
+    others = list(tensors_of(output))
+    numbers = [number for number, tensor in enumerate(tensors) if any(tensor is one for one in used)]
+    return len(others) != len(tensors) or any(not torch.equal(tensors[i].detach(), others[i].detach()) for i in numbers)
+
+
+def _leads(tensor: Tensor, sources: list[Tensor]) -> bool:
+    """Whether its graph leads to one of them: a custom function shows in the graph alone."""
+    wanted = {id(source) for source in sources}
+    return any(id(getattr(node, "variable", None)) in wanted for node in _graph_of(tensor))
+
+
+def _custom_on_the_way(tensors: list[Tensor], sources: list[Tensor]) -> Cut | None:
+    """A custom function through which each way from these tensors leads; None: some way leads around it."""
+    wanted = {id(source) for source in sources}
+    for tensor in tensors:
+        for node in _graph_of(tensor):
+            if hasattr(node, "_forward_cls"):
+                around = any(id(getattr(each, "variable", None)) in wanted for each in _graph_of(tensor, without=node))
+                if not around:
+                    return Cut("custom", type(node).__name__.removesuffix("Backward"), NOWHERE)
+    return None
+
+
+def _graph_of(tensor: Tensor, without: Any = None, limit: int = 100_000) -> Iterator[Any]:
+    todo = [tensor.grad_fn] if tensor.grad_fn is not None else []
+    seen = set(todo)
+    while todo and len(seen) < limit:
+        node = todo.pop()
+        if node is without:
+            continue
+        yield node
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
+
+
+def _custom_function() -> str:
+    """Name of the custom function whose forward pass is running; "" for none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_back is not None and frame.f_back.f_code.co_name == "apply":
+            return frame.f_code.co_qualname.rpartition(".forward")[0].rpartition(".")[2]
+        frame = frame.f_back
+    return ""
 
 
 def _things(given: Iterable[Any]) -> Iterator[Any]:

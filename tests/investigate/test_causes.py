@@ -211,3 +211,39 @@ def test_to_look_changes_nothing() -> None:
         return [*model.state_dict().values(), torch.rand(2)]
 
     assert all(torch.equal(a, b) for a, b in zip(train(watched=False), train(watched=True), strict=True))
+
+
+def test_what_is_only_logged_is_not_cut_by_that() -> None:
+    logged: list[float] = []
+
+    def middle(h: Tensor) -> Tensor:
+        logged.append(h.mean().item())
+        return torch.ones(8, 4)
+
+    assert (
+        alert_of(Net(middle)).cause
+        == "They are used in the forward pass, but nothing that the model puts out depends on the result."
+    )
+
+
+def test_what_goes_by_the_shape_alone_is_no_cut() -> None:
+    def one_hot(h: Tensor) -> Tensor:
+        p = torch.softmax(h, dim=-1)
+        return torch.zeros_like(p).scatter_(1, p.argmax(-1, keepdim=True), 1.0)  # guilty
+
+    alert = alert_of(Net(one_hot))
+    assert f"argmax at {guilty(one_hot)} has no derivative" in alert.cause
+
+
+def test_a_custom_function_that_gives_nothing_back() -> None:
+    class Quantize(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return h.mul(4).round().div(4)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    alert = alert_of(Net(Quantize.apply))  # type: ignore[arg-type]
+    assert alert.cause == "The way to them leads through the custom function Quantize, whose backward gives nothing back for it."
