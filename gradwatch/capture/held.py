@@ -109,6 +109,7 @@ class Case:
         parameters: name and tensor of each watched parameter, by its id.
         bad: ids of the parameters whose gradient is not finite.
         loss_is_bad: the loss is not finite.
+        by_scaler: a GradScaler scaled it, so that an overflow of its derivative is the scale's doing.
     """
 
     step: int
@@ -118,6 +119,7 @@ class Case:
     parameters: Mapping[int, tuple[str, Tensor]]
     bad: frozenset[int] = frozenset()
     loss_is_bad: bool = False
+    by_scaler: bool = False
 
 
 class Ask(Protocol):

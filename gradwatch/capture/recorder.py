@@ -681,7 +681,7 @@ class Recorder:
         if self._ask is None or not self._ask.wants(self.recorded(), draft.by_scaler, loss_is_bad):
             return
         bad = frozenset(id(self.table.params[slot]) for slot in np.flatnonzero(draft.nonfinite).tolist())
-        case = self._case(roots, self.held.reached(), bad, loss_is_bad)
+        case = replace(self._case(roots, self.held.reached(), bad, loss_is_bad), by_scaler=draft.by_scaler)
         with self.inside.hooks.deaf(), self.held.deaf():
             found = self._ask.after(case)
         self.held.release()

@@ -252,7 +252,8 @@ def _argument(names: tuple[str, ...], new: Callable[[str, ast.expr, bool, Culpri
     def make(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
         if isinstance(node, ast.Call) and _called(node) in names:
             inner = _subject(node)
-            if inner is not None:
+            in_place = _called(node).endswith("_") and _is_method(node)  # it would change what is made of it instead
+            if inner is not None and not in_place:
                 span = _operand(source, inner) if _is_method(node) else _span(inner)
                 yield Edit(span, new(_text(source, inner), inner, _is_method(node), culprit))
 

@@ -94,6 +94,8 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     backward = not events
     if backward:
         events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(case, outcome) else []
+    if backward and case.by_scaler:
+        events = [event for event in events if event.root.bad.nan]
     if not events:
         return None
     event = min(events, key=lambda one: one.root.number)

@@ -40,6 +40,9 @@ _CONSTANTS = frozenset(
 _SOFTMAXES = ("softmax", "attention", "logsumexp")
 """Parts of the names of operators in front of which -inf is a mask."""
 
+NESTED = 8
+"""Checkpoints within one another, or custom functions, that begin with no operator in between."""
+
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -188,6 +191,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made: dict[int, Made] = {}
         self.in_backward = False
         self.broken = ""
+        self._checkpointed = 0
         self._modules, self._stop = modules, stop
         self._status: dict[int, Any] = {}
         self._given = {address(tensor): kind for kind, tensor in given}
@@ -241,7 +245,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not step.backward:
             # A custom function's own operators, which run without a graph, come after its node.
             number = private.next_sequence_number() - 1
-            if number >= 0 and number not in self.made:
+            made = self.made.get(number)
+            # An operator in place may save a copy of what it changes before it does.
+            if number >= 0 and (made is None or (made.op == "clone" and op.writes)):
                 step.place = self._here()
                 self.made[number] = Made(op.name, step.place)
         step.inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
@@ -376,8 +382,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if place.module or not self.in_backward:
             return place
         # A checkpoint runs again what it holds, outside of any module's call: that it was made in is still known.
-        made = self.made.get(private.sequence_number(private.current_node()))
-        return Place(place.code, place.line, made.place.module) if made is not None else place
+        number = private.sequence_number(private.current_node())
+        # One that holds nothing but another has no operator of its own: then the next node's is the first.
+        made = next((found for i in range(NESTED) if (found := self.made.get(number + i)) is not None), None)
+        if made is not None:
+            self._checkpointed = made.place.module
+        # Of a checkpoint within a checkpoint the outer one is known.
+        return Place(place.code, place.line, self._checkpointed)
 
     def _new(self, op: str, bad: Bad) -> Event:
         event = Event(len(self.events), op, bad)

@@ -503,6 +503,35 @@ def backward_of_a_reentrant_checkpoint() -> Training:
     return turning(squares(Body(Middle())))
 
 
+@planted("middle", "aten::sqrt", "backward", "inside a reentrant checkpoint within another")
+def backward_of_nested_checkpoints() -> Training:
+    class Middle(Turn):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.outer, x, use_reentrant=True)
+
+        def outer(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=True) * 1.0
+
+        def inner(self, x: Tensor) -> Tensor:
+            x = x * 0 if self.bad() else x
+            return x + torch.sqrt(x.square().sum(-1, keepdim=True))  # guilty
+
+    return turning(squares(Body(Middle())))
+
+
+@planted("middle", "aten::pow_", "backward", "a root of 0, in place on a view")
+def in_place_on_a_view() -> Training:
+    class Middle(Turn):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * (0 if self.bad() else 1) + 0.0
+            x = x.abs()
+            half = x[:, : WIDTH // 2]
+            half.pow_(0.5)  # guilty
+            return x
+
+    return turning(squares(Body(Middle())))
+
+
 @planted("middle", "aten::linalg_eigh", "backward", "eigenvectors of equal eigenvalues", options={"on_nonfinite": "skip"})
 def equal_eigenvalues() -> Training:
     class Middle(Turn):

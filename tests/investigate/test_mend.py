@@ -96,6 +96,7 @@ NONE = [
     ("return (scores + p).masked_fill(mask, -torch.inf).softmax(-1)", Culprit("_softmax")),  # the dtype has no name
     ("return scores.masked_fill(mask, -1e4).softmax(-1)", Culprit("_softmax")),
     ("return x @ p", Culprit("mm")),
+    ("x[:, 0].sqrt_()", Culprit("sqrt_", backward=True)),
     ("return 1 / x", Culprit("reciprocal", low=-1.0)),
     ("return x / counts[:, None]", Culprit("div", tensors=2)),  # integers: what is smallest is not known
     ("return x.var(\n    0,\n)", Culprit("var")),
