@@ -95,6 +95,8 @@ def again(call: Call, clean: bool = False) -> Iterator[Again]:
         for kind, dtype in call.autocast:
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         stack.enter_context(torch.enable_grad())
+        if private.saved_tensors_are_hooked():  # theirs would be called for what is not theirs
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
         yield Again(call, args, kwargs, inputs, stand_ins, drawn)
 
 
