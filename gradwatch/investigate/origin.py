@@ -177,7 +177,9 @@ def _constant(case: Case, root: Event) -> Inquiry:
     if root.tensor.dim() == 0:
         phase: Literal["forward", "backward"] = "backward" if root.backward else "forward"
         remedy = f"Look at where that number is made.{shown}"
-        return Inquiry(case.step, Origin(module, op, phase, place.source), f"{op}{at} is given {what.partition(' ')[0]}.", remedy)
+        held = what.partition(" ")[0]
+        cause = f"torch.tensor{at} makes a tensor of {held}." if root.op == "lift_fresh" else f"{op}{at} is given {held}."
+        return Inquiry(case.step, Origin(module, op, phase, place.source), cause, remedy)
     cause = (
         f"A tensor {list(root.tensor.shape)} that {op}{at} is given holds {what}: it is no input, parameter or buffer of the model"
         + (", and came up in the backward pass." if root.backward else ".")

@@ -79,7 +79,7 @@ def _value(root: Event, op: str) -> str:
     if name in ("var", "std", "var_mean", "std_mean") and facts:
         return f"{op} of {facts[0][2]} number{'s' if facts[0][2] != 1 else ''}"
     if name == "empty":
-        return "memory that nobody has written (torch.empty)"
+        return "Memory that nobody has written (torch.empty)"
     if root.scalar:
         return f"{op} by {root.scalar}" if name in ("mul", "div") else f"{op} of {root.scalar}"
     if root.mask is not None and "softmax" not in name and "attention" not in name:

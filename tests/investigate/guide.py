@@ -13,8 +13,9 @@ While all is well, the watch holds references to what the update in flight was g
 gradient that comes back to the model's outputs (up to 64 MB), and lets go of them when the update closes. When the loss or a gradient
 is not finite, the forward and the backward pass run once more *before the step*, with every operator watched: on aliases of the
 parameters and copies of buffers and inputs, with the random numbers of the first time, the backward driven by the gradient that came
-back then. Weights, gradients, buffers, random generators (of Python and numpy, too) and what modules keep in their attributes are as
-they were; hooks on parameters are not called. `Alert.origin` then says where the value was born:
+back then. Weights, gradients, buffers, random generators (of Python and numpy, too, and those that modules hold) and what modules keep in
+their attributes, in lists, dictionaries, arrays and objects there, are as they were; hooks on parameters are not called; hooks on modules
+run again, for they may be part of the computation, and what they write to is put back. `Alert.origin` then says where the value was born:
 
 - `module`: the innermost one that was running; "" where that is the model itself, or the loss outside of it.
 - `op`: the operator as `aten::name`, in both passes the forward one: `SqrtBackward0` is `aten::sqrt`.
@@ -58,7 +59,8 @@ line; or the output that depends on them and is not used in the loss.
 - On a device the numbers come back an update late unless something waits for them (`clip`, `on_nonfinite="skip"` or `"raise"`): then a
   replay would run on spoilt weights, and none is made. `GradWatch(model, origin=True)` waits once an update.
 - While a GradScaler searches its scale nothing is run again; once `loss_scale_collapse` is told, the next bad update is.
-- What a model does beside computing (it prints, it writes to a file or to a list of yours in a hook on a module) it does once more.
+- What a forward pass does beside computing (it prints, writes to a file, counts in an object that it finds nowhere near itself) it does once
+  more. One that is given an iterator, or what cannot be copied, is not run again.
 - Gradients larger than 64 MB at the outputs are not held: then only the forward pass is replayed.
 """
 
