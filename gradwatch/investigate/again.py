@@ -13,11 +13,11 @@ import functools
 import inspect
 import random
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, tensors_of
+from gradwatch.investigate.kept import GENERATORS, Array, Container, Dictionary, Generator, Kept, Memory, join
 
 KEPT = 2**26
 """Bytes of tensors in attributes of modules that are copied, so that they can be put back: 64 MB, as of deltas."""
@@ -227,7 +228,7 @@ class StandIns:
         self._copies: dict[int, Tensor] = {}
         self._names: dict[int, str] = {}
         self._seen: set[int] = {id(module) for _, module in self._modules}
-        self._kept: list[_Kept] = []
+        self._kept: list[Kept] = []
         self._bytes = 0
 
     def __enter__(self) -> StandIns:
@@ -249,11 +250,11 @@ class StandIns:
 
     def changes(self) -> list[str]:
         """Names of what the forward pass has changed, those aside that a normalisation counts."""
-        found = [kept.name for kept in self._kept if (kept.name or isinstance(kept, _Dictionary)) and kept.is_changed()]
+        found = [kept.name for kept in self._kept if (kept.name or isinstance(kept, Dictionary)) and kept.is_changed()]
         for name, module in self._modules:
             for key, buffer in private.own_buffers(module).items():
                 if buffer is not None and private.version_or_zero(buffer) and key not in _COUNTED:
-                    found.append(_join(name, key))
+                    found.append(join(name, key))
         return [name for name in dict.fromkeys(found) if name]
 
     def __exit__(self, *error: Any) -> None:
@@ -267,7 +268,7 @@ class StandIns:
         self._keep_dictionary(name, attributes, skip=_TORCHS, each=True)
         for key, value in list(attributes.items()):
             if key not in _TORCHS:
-                self._keep(_join(name, key), value, DEPTH)
+                self._keep(join(name, key), value, DEPTH)
             elif key in _HOOKS and isinstance(value, Mapping):
                 for hook in list(value.values()):
                     self._keep_function(hook)
@@ -280,7 +281,7 @@ class StandIns:
                 parameters[key] = self._alias(parameter)
         for key, buffer in list(buffers.items()):
             if buffer is not None:
-                buffers[key] = self._copy(_join(name, key), buffer)
+                buffers[key] = self._copy(join(name, key), buffer)
         if callable(getattr(module, "log", None)) and hasattr(
             module, "training_step"
         ):  # Lightning would count what is logged twice
@@ -320,18 +321,18 @@ class StandIns:
         elif isinstance(value, np.ndarray):
             self._bytes += value.nbytes
             if self._bytes <= KEPT:
-                self._kept.append(_Array(name, value, value.copy()))
+                self._kept.append(Array(name, value, value.copy()))
         elif isinstance(value, dict):
             self._keep_dictionary(name, value)
             self._keep_all(name, list(value.values()), depth)
         elif isinstance(value, (list, set, deque)):
-            self._kept.append(_Container(name, value, list(value)))
+            self._kept.append(Container(name, value, list(value)))
             self._keep_all(name, list(value), depth)
         elif isinstance(value, tuple):
             self._keep_all(name, list(value), depth)
-        elif type(value) in _GENERATORS:
-            get, put = _GENERATORS[type(value)]
-            self._kept.append(_Generator(name, value, get(value), put))
+        elif type(value) in GENERATORS:
+            get, put = GENERATORS[type(value)]
+            self._kept.append(Generator(name, value, get(value), put))
         elif isinstance(value, (MethodType, FunctionType, functools.partial)):
             self._keep_function(value)
         elif depth and isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
@@ -344,14 +345,14 @@ class StandIns:
 
     def _keep_dictionary(self, name: str, dictionary: dict[Any, Any], skip: Collection[str] = (), each: bool = False) -> None:
         items = {key: value for key, value in dictionary.items() if key not in skip}
-        self._kept.append(_Dictionary(name, dictionary, items, skip, each))
+        self._kept.append(Dictionary(name, dictionary, items, skip, each))
 
     def _keep_tensor(self, name: str, tensor: Tensor) -> None:
         if type(tensor) is not Tensor or tensor.is_meta:
             return
         self._bytes += tensor.numel() * tensor.element_size()
         copy_ = tensor.detach().clone() if self._bytes <= KEPT else None
-        self._kept.append(_Memory(name, tensor, private.version_or_zero(tensor), copy_))
+        self._kept.append(Memory(name, tensor, private.version_or_zero(tensor), copy_))
 
     def _keep_function(self, function: Any) -> None:
         """What a function of the user's writes to: what it is bound to, its closure, and containers that are global."""
@@ -373,120 +374,6 @@ class StandIns:
         return None
 
 
-class _Kept(Protocol):
-    """Something that is put back: `name` is what to call it, "" where that is no state of the model."""
-
-    name: str
-
-    def is_changed(self) -> bool: ...
-    def put_back(self) -> None: ...
-
-
-@dataclass(slots=True)
-class _Dictionary:
-    name: str
-    dictionary: dict[Any, Any]
-    items: dict[Any, Any]
-    skip: Collection[str] = ()
-    each: bool = False
-    """Its entries are what is named: attributes of a module."""
-
-    def is_changed(self) -> bool:
-        changed = [
-            key
-            for key, value in self.dictionary.items()
-            if key not in self.skip and self.items.get(key, self) is not value and not str(key).startswith("_flat_weight")
-        ]
-        if self.each and changed:
-            self.name = _join(self.name, str(changed[0]))
-        return bool(changed) or (not self.each and len(self.dictionary) != len(self.items))
-
-    def put_back(self) -> None:
-        now = [key for key in self.dictionary if key not in self.skip]
-        # By the class that keeps the order: `Counter.update` adds, and `defaultdict` has a say of its own.
-        base = OrderedDict if isinstance(self.dictionary, OrderedDict) else dict
-        kept = [key for key in now if key in self.items]
-        again = (
-            [] if kept == list(self.items) else kept
-        )  # some were taken out: their places are those of before only if all come anew
-        for key in [*again, *(key for key in now if key not in self.items)]:
-            base.__delitem__(self.dictionary, key)
-        for key, value in self.items.items():
-            if self.dictionary.get(key, self) is not value:
-                base.__setitem__(self.dictionary, key, value)
-
-
-@dataclass(slots=True)
-class _Container:
-    name: str
-    container: Any
-    items: list[Any]
-
-    def is_changed(self) -> bool:
-        now = list(self.container)
-        return len(now) != len(self.items) or any(a is not b for a, b in zip(now, self.items, strict=True))
-
-    def put_back(self) -> None:
-        if self.is_changed():
-            self.container.clear()
-            (self.container.update if isinstance(self.container, set) else self.container.extend)(self.items)
-
-
-@dataclass(slots=True)
-class _Memory:
-    name: str
-    tensor: Tensor
-    version: int
-    copy: Tensor | None
-
-    def is_changed(self) -> bool:
-        return private.version_or_zero(self.tensor) != self.version
-
-    def put_back(self) -> None:
-        if self.copy is not None and self.is_changed():
-            with torch.no_grad():
-                self.tensor.detach().copy_(self.copy)
-
-
-@dataclass(slots=True)
-class _Array:
-    name: str
-    array: Any
-    copy: Any
-
-    def is_changed(self) -> bool:
-        return bool(self.array.tobytes() != self.copy.tobytes())
-
-    def put_back(self) -> None:
-        if self.array.flags.writeable and self.is_changed():
-            self.array[...] = self.copy
-
-
-@dataclass(slots=True)
-class _Generator:
-    name: str
-    generator: Any
-    state: Any
-    put: Callable[[Any, Any], None]
-
-    def is_changed(self) -> bool:
-        return False  # it is put back, and how it stood when the pass began is not known
-
-    def put_back(self) -> None:
-        self.put(self.generator, self.state)
-
-
-def _set_numpy(generator: Any, state: Any) -> None:
-    generator.bit_generator.state = state
-
-
-_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
-    torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-    random.Random: (lambda g: g.getstate(), lambda g, state: g.setstate(state)),
-    np.random.Generator: (lambda g: copy.deepcopy(g.bit_generator.state), _set_numpy),
-    np.random.RandomState: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
-}
-
 _HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
 _TORCHS = frozenset(
     {
@@ -499,10 +386,6 @@ _TORCHS = frozenset(
 
 _COUNTED = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 """Buffers that a normalisation counts in training and does not read."""
-
-
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -55,17 +55,12 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
             return found
     if given is not None:
         return given
-    if not outcomes and (found := _weights(case)) is not None:
+    if not outcomes and (found := weights(case)) is not None:
         return found  # else they would have been met on the way
     found = _outside(case, outcomes, loss_by)
     if found is not None:
         return found
     return _nothing(case, outcomes, refused, failed)
-
-
-def weights(case: Case) -> Inquiry | None:
-    """What weights and buffers hold that is not finite; None for nothing."""
-    return _weights(case)
 
 
 def seen(case: Case, tracer: Tracer) -> Inquiry | None:
@@ -210,7 +205,8 @@ def _weight(case: Case, root: Event) -> Inquiry | None:
     return None
 
 
-def _weights(case: Case) -> Inquiry | None:
+def weights(case: Case) -> Inquiry | None:
+    """What weights and buffers hold that is not finite; None for nothing."""
     for name, parameter in case.parameters.values():
         if look(parameter):
             return _bad_weight(case, name, parameter)

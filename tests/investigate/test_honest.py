@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -380,3 +381,44 @@ def test_a_mask_is_mended_where_it_is_filled_in() -> None:
         '- scores = scores.masked_fill(mask, float("-inf"))',
         "+ scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)",
     ]
+
+
+def library(tmp_path: Path) -> Any:
+    """A module that lies where packages are installed."""
+    path = tmp_path / "site-packages" / "somebodys.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import torch\n\ndef log(x):\n    return torch.log(x)\n\n\nclass Log(torch.nn.Module):\n    def forward(self, x):\n"
+        "        return torch.log(x)\n",
+        encoding="utf-8",
+    )
+    names: dict[str, Any] = {"__name__": "somebodys"}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
+    return names
+
+
+def test_the_line_that_calls_a_library_says_more_than_the_one_inside_it(tmp_path: Path) -> None:
+    log = library(tmp_path)["log"]
+    alert = alert_of(Net(lambda model, h: log(torch.relu(h))), at=0)
+    assert alert.origin is not None
+    assert alert.origin.source.startswith("test_honest.py:")
+    assert "log(torch.relu(h))" in alert.remedy
+
+
+def test_in_a_module_of_a_library_the_line_is_the_librarys_and_is_not_mended(tmp_path: Path) -> None:
+    names = library(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), names["Log"](), nn.Linear(4, 1))
+    alert = alert_of(model, at=0)
+    assert alert.origin is not None
+    assert (alert.origin.module, alert.origin.source) == ("2", "somebodys.py:9")
+    assert "\n" not in alert.remedy
+
+
+def test_in_a_model_of_torchs_own_modules_the_line_is_the_call() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LogSigmoid(), nn.Linear(4, 1))
+    model[0].weight.data.fill_(3e38)  # type: ignore[union-attr, operator]
+    alert = alert_of(model, at=0)
+    assert alert.origin is not None
+    assert alert.origin.module == "0"
+    assert alert.origin.source.startswith("test_honest.py:")
