@@ -302,6 +302,8 @@ class Held:
         if self.running and private.running_calls(self.running[-1].model) > (self.running[-1].model is model):
             return  # inside another one
         self.running.clear()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # into a CUDA graph, which runs by itself from then on
         tensors = list(tensors_of((args, kwargs)))
         if any(tensor.is_meta for tensor in tensors):
             return
@@ -337,7 +339,7 @@ class Held:
     def leaving(self, root: int, output: Any) -> None:
         """It has returned."""
         call = self.running[-1]
-        if call.root != root:
+        if call.root != root or not self._here():
             return
         self.running.pop()
         ref, held = weakref.ref(call), 0

@@ -422,3 +422,17 @@ def test_in_a_model_of_torchs_own_modules_the_line_is_the_call() -> None:
     assert alert.origin is not None
     assert alert.origin.module == "0"
     assert alert.origin.source.startswith("test_honest.py:")
+
+
+def test_an_origin_goes_into_a_checkpoint_and_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda model, h: torch.log(torch.relu(h)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False, on_nonfinite="skip") as watch:
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    torch.save(watch.state_dict(), tmp_path / "watch.pt")
+    again = GradWatch(model, console=False)
+    again.load_state_dict(torch.load(tmp_path / "watch.pt", weights_only=True))
+    assert again.alerts == watch.alerts
+    assert again.alerts[0].origin is not None
