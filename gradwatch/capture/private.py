@@ -494,7 +494,9 @@ def self_test() -> list[str]:
     if not hasattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack_hook"):
         lacking.append("SavedTensor.unpack_hook (what the loss is, is not known)")
     if next_sequence_number() < 0 or not hasattr(torch._C, "_current_autograd_node"):
-        lacking.append("_get_sequence_nr or _current_autograd_node (a NaN that is born in a backward pass is told without its line)")
+        lacking.append(
+            "_get_sequence_nr or _current_autograd_node (a NaN that is born in a backward pass is told without its line)"
+        )
     if not hasattr(torch._C, "_len_torch_dispatch_stack") or not hasattr(torch._C, "_push_on_torch_dispatch_stack"):
         lacking.append("the stack of dispatch modes (updates are not traced as they run)")
     return [f"torch {torch.__version__} lacks {name}" for name in lacking]
