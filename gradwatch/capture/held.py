@@ -302,7 +302,7 @@ class Held:
         if self.running and private.running_calls(self.running[-1].model) > (self.running[-1].model is model):
             return  # inside another one
         self.running.clear()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # into a CUDA graph, which runs by itself from then on
         tensors = list(tensors_of((args, kwargs)))
         if any(tensor.is_meta for tensor in tensors):
