@@ -321,6 +321,9 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
         return Inquiry(case.step, None, f"The model was not run again: {refused}.")
     if failed:
         return Inquiry(case.step, None, f"The model could not be run again ({failed}).")
+    if not case.loss_is_bad and any(call.dropped for call in case.calls):
+        large = "The gradient at the model's outputs is larger than 64 MB and was not held, so that only the forward pass was run again."
+        return Inquiry(case.step, None, f"{large} It is finite.", telling.AGAIN)
     if not ran or (not case.loss_is_bad and any(outcome.bad_deltas for outcome in ran)):
         return Inquiry(case.step)
     hooked = [name for key, (name, p) in case.parameters.items() if key in case.bad and private.has_hooks(p)]

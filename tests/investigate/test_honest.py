@@ -436,3 +436,24 @@ def test_an_origin_goes_into_a_checkpoint_and_comes_back(tmp_path: Path) -> None
     again.load_state_dict(torch.load(tmp_path / "watch.pt", weights_only=True))
     assert again.alerts == watch.alerts
     assert again.alerts[0].origin is not None
+
+
+def test_a_delta_that_is_too_large_to_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradwatch.capture import held
+
+    monkeypatch.setattr(held, "LIMIT", 32)
+    model = Net(lambda model, h: h + torch.sqrt(h * 0))
+    alert = alert_of(model, at=0, on_nonfinite="skip")
+    assert alert.origin is not None, "found when the next update was traced as it ran"
+    assert alert.origin.op == "aten::sqrt"
+
+
+def test_what_is_too_large_to_be_held_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradwatch.capture import held
+
+    monkeypatch.setattr(held, "LIMIT", 32)
+    state = {"bad": False}
+    model = Net(lambda model, h: h + torch.sqrt(h * 0) if state["bad"] else h)
+    alert = alert_of(model, prepare=lambda i: state.update(bad=i == 3))
+    assert alert.origin is None
+    assert "larger than 64 MB" in alert.cause
