@@ -65,10 +65,10 @@ class Foresight:
         """Whether an incident of the rule is open that concerns some of these layers."""
         return any(a.rule == rule and a.state == "open" and touches(a.layers, layers) for a in self._incidents.alerts)
 
-    def inquiry(self, step: int) -> Inquiry | None:
-        """What was found out last about where a value was born that is not finite, if that was in this update."""
+    def inquiry(self, since: int) -> Inquiry | None:
+        """What was found out last about where a value was born that is not finite, if that was in this update or later."""
         last = self._last_inquiry()
-        return last if last is not None and last.step == step else None
+        return last if last is not None and last.step >= since else None
 
     def patience(self, rule: str) -> int:
         """Records for which a rule may be silent before what it found is over: as for its incidents."""

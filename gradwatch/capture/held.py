@@ -223,6 +223,8 @@ class Held:
         self._nbytes = 0
         self._models: list[nn.Module] = []
         self._roots: list[nn.Module] = []
+        self._groups: list[list[nn.Module]] = []
+        self._open: set[int] = set()
         self._entered: set[int] = set()
 
     @contextlib.contextmanager
@@ -234,22 +236,46 @@ class Held:
         finally:
             self.on = before
 
-    def scan(self, models: Sequence[nn.Module]) -> None:
-        """Put hooks on the models, anew where there were some."""
-        if any(mine is not model for mine, model in zip(self._roots, models, strict=False)) or len(self._roots) != len(models):
-            self._roots = list(models)
-        elif len(self._models) > len(models):
-            models = self._models  # what was found to be called still is
-        self._put(models)
+    def scan(self, models: Sequence[nn.Module], compiled: bool = False) -> None:
+        """Put hooks on the models, anew where there were some, and on their parts, for a model need not be called as a whole.
+
+        Args:
+            models: the watched ones.
+            compiled: nothing is to be taken out again that compiled code may know.
+        """
+        if len(self._roots) != len(models) or any(mine is not model for mine, model in zip(self._roots, models, strict=True)):
+            self._roots, self._groups, self._open = (
+                list(models),
+                [[model, *_parts_of(model)] for model in models],
+                set(range(len(models))),
+            )
+            if compiled or sum(map(len, self._groups)) > PARTS:
+                self._groups, self._open = [[model] for model in models], set()
+        self._put([model for group in self._groups for model in group])
 
     def descend(self) -> None:
-        """A backward has come from models none of whose forward passes were seen to begin: parts of them are called, as in a Lightning
-        module's `training_step`. From then on those parts count as the models, one level down at a time."""
-        if not self.on or self._entered or not self._models:
+        """A backward has returned. Of a model and its parts, hooked both at first, the model is kept where it is called as a whole; else its
+        parts are, as those of a Lightning module whose `training_step` is called; and where none of them is, the next level down."""
+        if not self.on or not self._open:
             return
-        parts = [part for model in self._models for part in _parts_of(model)]
-        below = [part for part in parts if not any(part is model for model in self._models)]
-        self._put(parts if below and len(parts) <= PARTS else ())
+        before = [list(group) for group in self._groups]
+        for i in list(self._open):
+            root, group = self._roots[i], self._groups[i]
+            if id(root) in self._entered:
+                self._groups[i] = [root]
+            elif any(id(part) in self._entered for part in group):
+                self._groups[i] = [part for part in group if part is not root]
+            elif len(self._groups) > 1:
+                continue  # its turn may come with another backward
+            else:
+                below = [part for model in group if model is not root for part in _parts_of(model) or [model]]
+                if len(below) <= PARTS and any(all(part is not one for one in group) for part in below):
+                    self._groups[i] = below
+                    continue
+                self._groups[i] = []
+            self._open.discard(i)
+        if before != self._groups:
+            self._put([model for group in self._groups for model in group])
 
     def _put(self, models: Sequence[nn.Module]) -> None:
         self._take_out()
@@ -265,12 +291,13 @@ class Held:
     def remove(self) -> None:
         """Take the hooks out, and let go of everything."""
         self._take_out()
-        self._roots = []
+        self._roots, self._groups = [], []
+        self._open.clear()
+        self._entered.clear()
         self.on = False
         self.release()
 
     def _take_out(self) -> None:
-        self._entered.clear()
         for model in self._models:
             private.take_out_hooks(model, self._is_mine)
         self._models = []
@@ -321,7 +348,7 @@ class Held:
         for kind in {"cpu", *(device.type for device in kinds)}:
             if torch.is_autocast_enabled(kind):
                 call.autocast.append((kind, torch.get_autocast_dtype(kind)))
-        self._entered.add(root)
+        self._entered.add(id(model))
         self._make_room()
         self.calls.append(call)
         begins = self._begins()
@@ -406,12 +433,11 @@ class _Catch:
 
 
 def _parts_of(model: nn.Module) -> list[nn.Module]:
-    """Its children, and those of lists among them, which are never called; itself where it has none."""
-    parts = []
+    """Its children, and in place of lists, which are never called, theirs."""
+    parts: list[nn.Module] = []
     for child in model.children():
-        listed = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        parts += _parts_of(child) if listed else [child]
-    return parts or [model]
+        parts += _parts_of(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+    return parts
 
 
 def tensors_of(thing: Any) -> Iterator[Tensor]:

@@ -142,7 +142,7 @@ class Recorder:
 
     def _hold(self) -> None:
         if self._ask is not None:
-            self.held.scan([unwrap(model) for model in self._models.values()])
+            self.held.scan([unwrap(model) for model in self._models.values()], self.inside.hooks.compiled)
 
     def backward_begin(self, roots: Sequence[Any]) -> None:
         """The outermost backward starts."""
@@ -672,7 +672,7 @@ class Recorder:
         self._roots = ()
         loss_is_bad = bool(draft.terms) and (math.isnan(draft.loss) or (math.isinf(draft.loss) and not draft.by_scaler))
         if not draft.nonfinite.any() and not loss_is_bad:
-            if not self.held.calls and not self.inside.hooks.compiled:
+            if not self.inside.hooks.compiled:
                 self.held.descend()
             self.held.thin_out()
             if self._ask is not None:

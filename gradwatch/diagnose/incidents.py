@@ -282,7 +282,7 @@ class Incidents:
         changes = {"count": count, "last_step": last, "severity": max(alert.severity, finding.severity)}
         # Once a bad value is in the weights it is everywhere: where it was first is what there is to say.
         if finding.rule in POISON:
-            if rises:  # what was none of the training's business has become it
+            if rises and alert.severity < Severity.WARNING:  # what was none of the training's business has become it
                 changes |= {"step": finding.step, "message": finding.message, "evidence": finding.evidence}
                 changes |= {"parameters": finding.parameters, "layers": finding.layers}
         else:

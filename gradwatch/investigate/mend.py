@@ -7,10 +7,11 @@ places of the line could be meant, or none, there is no mend.
 from __future__ import annotations
 
 import ast
+import functools
 import linecache
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Culprit:
         low: smallest number of its last input that is a floating tensor; NaN: not known.
         tensors: how many tensors it was given.
         half: in half precision, where 1e-8 is 0, 1e-6 away from 1 is 1 and exp(80) is Inf.
+        roots: names that a root was assigned to, in the file.
         code: of the function that the line stands in; None: not known.
     """
 
@@ -39,6 +41,7 @@ class Culprit:
     low: float = float("nan")
     tensors: int = 1
     half: bool = False
+    roots: frozenset[str] = frozenset()
     code: CodeType | None = None
 
 
@@ -66,6 +69,8 @@ def mend(file: str, line: int, culprit: Culprit) -> Mend:
     if found is None:
         return NONE
     source, first, tree = found
+    if op in ("div", "reciprocal", "true_divide"):
+        culprit = replace(culprit, roots=_named_roots(file))
     make = _MENDS.get(op)
     if make is None:
         return NONE
@@ -74,6 +79,19 @@ def mend(file: str, line: int, culprit: Culprit) -> Mend:
     edits = list(dict.fromkeys(traps or edits))
     diff = _diff(source, edits[0]) if len(edits) == 1 else None
     return Mend(diff, bool(traps)) if diff and _parses(source, edits[0]) else NONE
+
+
+@functools.lru_cache(maxsize=16)
+def _named_roots(file: str) -> frozenset[str]:
+    """Names that a root is assigned to somewhere in a file: what is divided by them is mended there."""
+    names = set()
+    for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            value = node.value
+            power = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Pow) and _is_root(value.right)
+            if power or (isinstance(value, ast.Call) and _called(value) == "sqrt"):
+                names.add(node.targets[0].id)
+    return frozenset(names)
 
 
 def line_of(file: str, line: int, code: CodeType | None = None) -> str:
@@ -312,6 +330,10 @@ def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
         divisor = arguments[0] if arguments else None
     if divisor is None:
         return
+    root = list(_roots(divisor, source))
+    if root or (isinstance(divisor, ast.Name) and divisor.id in culprit.roots):
+        yield from root  # a clamp behind a root of 0 leaves its derivative infinite
+        return
     text, span = _text(source, divisor), _operand(source, divisor) if isinstance(node, ast.BinOp) else _span(divisor)
     if culprit.tensors < 2 and culprit.op.strip("_") != "reciprocal":
         if isinstance(divisor, (ast.Name, ast.Attribute, ast.Call)):
@@ -323,6 +345,15 @@ def _division(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[E
 def _with_keyword(text: str, node: ast.Call, keyword: str) -> str:
     inside = text[:-1].rstrip().removesuffix(",")
     return f"{inside}, {keyword})" if node.args or node.keywords else f"{inside}{keyword})"
+
+
+def _roots(node: ast.expr, source: list[str]) -> Iterator[Edit]:
+    """An eps inside, where an expression is a root."""
+    culprit = Culprit("sqrt", backward=True)
+    if isinstance(node, ast.Call) and _called(node) == "sqrt":
+        yield from _argument(("sqrt",), _plus_eps)(node, culprit, source)
+    elif (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)) or (isinstance(node, ast.Call) and _called(node) == "pow"):
+        yield from _root(node, Culprit("pow", backward=True), source)
 
 
 def _variance(node: ast.expr, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -396,7 +427,7 @@ _MENDS: dict[str, _Make] = {
     **{op: _argument((op, f"{op}_"), _clamped(f"clamp_min({EPS})")) for op in ("log", "log2", "log10")},
     "log1p": _argument(("log1p",), _clamped("clamp_min(-1 + 1e-6)")),
     **{op: _argument((op, f"{op}_", f"arc{op[1:]}"), _clamped(_UNIT)) for op in ("acos", "asin", "atanh")},
-    **{op: _argument((op, f"{op}_"), _clamped("clamp(max=80)")) for op in ("exp", "expm1", "exp2", "sinh", "cosh")},
+    **{op: _argument((op, f"{op}_"), _clamped("clamp(max=20)")) for op in ("exp", "expm1", "exp2", "sinh", "cosh")},
     **dict.fromkeys(("sqrt", "rsqrt", "pow"), _root),
     **dict.fromkeys(("div", "reciprocal", "true_divide"), _division),
     **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _variance),

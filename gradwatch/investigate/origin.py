@@ -87,6 +87,8 @@ def seen(case: Case, tracer: Tracer) -> Inquiry | None:
 def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     events = [event for number, event in outcome.outputs if not event.root.is_deliberate and (number in call.used or not call.used)]
     backward = not events
+    if backward and case.loss_is_bad:
+        return None  # it was lost on the way forward, and not in the model
     if backward:
         events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(case, outcome) else []
     if backward and case.by_scaler:
@@ -95,6 +97,8 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
         return None
     event = min(events, key=lambda one: one.root.number)
     root = event.root
+    if backward and root.saved is not None and root.saved.given in ("input", "parameter", "buffer"):
+        root = root.saved  # what the forward pass was given spoils the derivative
     if root.given == "parameter":
         return _weight(case, root)
     if root.given == "buffer":
@@ -134,7 +138,7 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
         half = root.dtype in (torch.float16, torch.bfloat16)
-        culprit = mend.Culprit(root.op, backward, last[0], root.tensors, half, place.code)
+        culprit = mend.Culprit(root.op, backward, last[0], root.tensors, half, code=place.code)
         found = mend.mend(file, line, culprit)
         masked = root.mask.place if root.mask is not None else None
         if not found.diff and masked is not None and masked.file and kind_of(masked.file) == USER:
@@ -303,7 +307,7 @@ def _suspected(case: Case, found: Sequence[graph.Suspect]) -> Inquiry | None:
             remedy = "Look at the targets where the batch is made (torch.isfinite(y).all())."
         else:
             cause = telling.outside(op, case.loss_is_bad)
-            remedy = telling.remedy_of(ops[0], backward=not case.loss_is_bad)
+            remedy = f"{telling.remedy_of(ops[0], backward=not case.loss_is_bad)} {telling.AGAIN}"
         return Inquiry(case.step, Origin("", op, phase), cause, remedy)  # type: ignore[arg-type]
     if not ops:
         return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN)
@@ -321,6 +325,8 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
         return Inquiry(case.step, None, f"The model was not run again: {refused}.")
     if failed:
         return Inquiry(case.step, None, f"The model could not be run again ({failed}).")
+    if not case.calls:
+        return Inquiry(case.step, None, telling.NOT_SEEN)
     if not case.loss_is_bad and any(call.dropped for call in case.calls):
         large = "The gradient at the model's outputs is larger than 64 MB and was not held, so that only the forward pass was run again."
         return Inquiry(case.step, None, f"{large} It is finite.", telling.AGAIN)

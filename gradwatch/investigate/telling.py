@@ -35,12 +35,12 @@ def cause(event: Event, origin: Origin, modules: Mapping[int, str]) -> str:
     """
     root, made = event.root, event.made_nan
     at = f" at {origin.source}" if origin.source else ""
-    in_module = f" in {origin.module}" if origin.module else ""
-    what = "NaN" if root.bad.nan else "Inf"
+    in_module = f" in {_layer(origin.module)}" if origin.module else ""
+    what = "NaN" if root.bad.nan else "-Inf" if root.negative else "Inf"
     if root.backward and root.own:
         text = f"{origin.op}{in_module}{at} makes {what} of finite numbers in a backward pass of your own"
     elif root.backward:
-        text = f"The derivative of {origin.op}{in_module}{at} is {what} while all that the loss depends on is finite"
+        text = f"The derivative of {origin.op}{in_module}{at} is {what} while the loss is finite"
         saved = root.saved
         if saved is not None and saved.place.source and saved.place.source != origin.source:
             text += (
@@ -63,6 +63,8 @@ def _value(root: Event, op: str) -> str:
     low, high = (facts[0][0], facts[0][1]) if facts else (float("nan"), float("nan"))
     if name in ("log", "log2", "log10", "sqrt", "rsqrt", "log1p", "lgamma", "digamma", "xlogy") and facts:
         return f"{op} of {_short(low)}"
+    if name == "pow" and root.bad.nan and facts and low < 0:
+        return f"{op} of {_short(low)} with an exponent that is no whole number"
     if name in ("acos", "asin", "acosh", "atanh", "erfinv", "logit") and facts:
         return f"{op} of numbers from {_short(low)} to {_short(high)}"
     if name in ("exp", "exp2", "expm1", "sinh", "cosh") and facts:
@@ -77,7 +79,7 @@ def _value(root: Event, op: str) -> str:
     if "softmax" in name or "attention" in name:
         return f"{op} over a row that is -Inf throughout"
     if name in ("var", "std", "var_mean", "std_mean") and facts:
-        return f"{op} of {facts[0][2]} number{'s' if facts[0][2] != 1 else ''}"
+        return f"{op} over one number"
     if name == "empty":
         return "Memory that nobody has written (torch.empty)"
     if root.scalar:
@@ -97,8 +99,12 @@ def _value(root: Event, op: str) -> str:
     return f"{op} of finite numbers"
 
 
+NOT_SEEN = (
+    "No forward pass of the watched model was seen to begin, so that none could be run again: watch the parts that are called, "
+    'GradWatch({"encoder": encoder, ...}).'
+)
 BORN_OUTSIDE = "It was born outside the model, in the loss: what the model puts out is as it should be."
-AGAIN = 'The line is told if it happens again while the weights are good: on_nonfinite="skip" keeps them so.'
+AGAIN = 'Its line is told if it happens again while the weights are good (on_nonfinite="skip" keeps them so).'
 
 
 def outside(op: str, loss_is_bad: bool) -> str:
@@ -115,6 +121,11 @@ TRAP = (
 
 def remedy(root: Event, backward: bool) -> str:
     """What to try."""
+    if root.dtype in (torch.float16, torch.bfloat16) and not root.op.strip("_").startswith("to_copy") and "softmax" not in root.op:
+        small = "1e-8 is 0 there and 65504 the largest number" if root.dtype == torch.float16 else "it has three digits"
+        return f"Compute this in float32 (it is in {str(root.dtype).removeprefix('torch.')}: {small})."
+    if root.scalar or root.meant:
+        return "Look at where that number is made."
     return remedy_of(root.op, backward)
 
 
@@ -122,24 +133,25 @@ def remedy_of(op: str, backward: bool) -> str:
     """What to try about an operator."""
     name = op.strip("_").removesuffix("_forward")
     if name == "pow" and not backward:
-        return "Bound its base (clamp), or keep that part in float32."
+        return "Bound its base (clamp_min where it must not be negative)."
     if name in _REMEDIES:
         return _REMEDIES[name]
     if "softmax" in name or "attention" in name:
         return "Let every row attend to something: unmask one place of a row that is masked throughout, or set its output to 0."
     if backward:
         return "Select safe inputs before the operator, not its output behind it, and add an eps inside roots and norms."
-    return "Guard the operator (an eps, a clamp before it), or keep that part in float32."
+    return "Guard the operator (an eps, a clamp before it), or make what it is given smaller."
 
 
 _DOMAIN = "Keep its input inside the open interval (-1, 1): clamp it by 1e-6 on both sides."
-_LOG = "Keep its input above 0: clamp_min(1e-8), or use log_softmax, logsigmoid or log1p where they fit."
+_LOG = "Keep its input above 0: clamp_min(1e-8), or use log_softmax, logsumexp, logsigmoid or log1p where they fit."
 _ROOT = "Add a small eps inside the root (1e-8): its derivative at 0 is infinite."
-_EXP = "Bound its input (clamp(max=80) in float32, 10 in float16), or subtract the maximum first."
+_EXP = "Bound its input (clamp(max=20): exp(20) is 5e8), or subtract the maximum first (logsumexp)."
 _REMEDIES = {
     **dict.fromkeys(("log", "log2", "log10", "xlogy"), _LOG),
     **dict.fromkeys(("acos", "asin", "atanh", "acosh", "erfinv"), _DOMAIN),
-    **dict.fromkeys(("sqrt", "rsqrt", "pow"), _ROOT),
+    **dict.fromkeys(("sqrt", "pow"), _ROOT),
+    "rsqrt": "Add a small eps inside the root (1e-8).",
     **dict.fromkeys(("exp", "exp2", "expm1", "sinh", "cosh"), _EXP),
     **dict.fromkeys(
         ("div", "reciprocal"), "Keep the divisor away from 0: add an eps, or clamp_min(1e-8) where it cannot be negative."
@@ -154,7 +166,7 @@ _REMEDIES = {
     **dict.fromkeys(
         ("nll_loss", "nll_loss2d"), "Leave a batch out all of whose targets are ignored (ignore_index): its mean is 0 divided by 0."
     ),
-    "ctc_loss": "Use zero_infinity=True, and check that no target is longer than its input.",
+    "ctc_loss": "Use zero_infinity=True, and check that no target is longer than its input: equal labels in a row need a blank between them.",
 }
 
 
@@ -186,6 +198,10 @@ def changed_inputs(call: Call) -> list[str]:
         for tensor, version in zip(now, call.versions, strict=False)
         if private.version_or_zero(tensor) != version
     ]
+
+
+def _layer(name: str) -> str:
+    return name if any(char.isalpha() for char in name) else f"layer {name}"
 
 
 def _short(number: float) -> str:

@@ -80,6 +80,7 @@ class Event:
         elements: how many are bad.
         tensors: how many tensors it was given, of a birth; `dtype`: that of the first floating one.
         scalar: "NaN" or "Inf" among the numbers it was given.
+        negative: of a birth, all that is bad is -Inf.
         node: name of the autograd node.
         own: it happened in code of the user's that the engine runs: a custom function's backward, or a hook.
         mask: of a NaN that was born of an Inf that somebody has chosen, that.
@@ -104,6 +105,7 @@ class Event:
     tensors: int = 0
     dtype: torch.dtype = torch.float32
     scalar: str = ""
+    negative: bool = False
     node: str = ""
     own: bool = False
     saved: Event | None = None
@@ -353,6 +355,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             event.facts = step.facts if step.facts is not None else _facts(step.inputs)
             event.tensors = len(step.inputs)
             event.dtype = next((tensor.dtype for tensor in step.inputs if tensor.is_floating_point()), output.dtype)
+            event.negative = is_mask(output, bad)
             wrong = ~torch.isfinite(_values(output.detach()))
             event.elements = int(wrong.sum())
             event.where = tuple(wrong.nonzero()[0].tolist()) if wrong.dim() else ()

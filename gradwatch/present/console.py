@@ -165,7 +165,9 @@ def _rise(before: Alert, alert: Alert) -> Text:
 def _cause_found(alert: Alert) -> Text:
     symptom, _, _ = words.spoken(alert)
     line = _start(words.mark(alert.severity), words.began(alert)).append(symptom, "bold")
-    return line.append(", cause found: ").append(words.why(alert))
+    line.append(", cause found: ").append(words.why(alert))
+    remedy = words.remedy(alert)
+    return line.append(" Try:", "bold").append(f" {remedy}") if remedy else line
 
 
 def _ending(alert: Alert) -> Text:
@@ -211,22 +213,23 @@ def _finished(line: _Line, encoding: str, width: int) -> Iterator[Text]:
         yield row
     else:
         for part in parts:
-            yield from _wrapped(part, width)
+            if part.plain.startswith(_INDENT * 2):
+                yield part  # a line of code: the terminal breaks it, and it is whole when it is copied
+            else:
+                yield from _wrapped(part, width)
 
 
 def _wrapped(line: Text, width: int) -> Iterator[Text]:
     """The line, broken between words at `width` cells, continuations indented. A longer word stays whole."""
-    start = len(line.plain) - len(line.plain.lstrip(" "))
-    indent = _INDENT if start <= len(_INDENT) else " " * (start + len(_INDENT))
     breaks, used = [], 0
     for word in re.finditer(r"(?:\S|\N{NO-BREAK SPACE})+[^\S\N{NO-BREAK SPACE}]*|^\s+", words.bound(line.plain)):
-        if used > len(indent) and used + cell_len(word[0].rstrip()) > width:
+        if used > len(_INDENT) and used + cell_len(word[0].rstrip()) > width:
             breaks.append(word.start())
-            used = len(indent)
+            used = len(_INDENT)
         used += cell_len(word[0])
     for i, row in enumerate(line.divide(breaks)):
         row.rstrip()
-        yield Text(indent).append_text(row) if i else row
+        yield Text(_INDENT).append_text(row) if i else row
 
 
 # -- which incident ----------------------------------------------------------------------------------------------------------------

@@ -202,6 +202,10 @@ def summary(
     return text
 
 
+_CODE = " " * 9
+"""Before a line of the user's code."""
+
+
 def plain(lines: Iterable[str]) -> str:
     """Lines of the verdict and of `told_in_full` as they stand in the summary: ASCII, wrapped at 80 columns."""
     return "\n".join(words.fit(row, "ascii").rstrip() for line in lines for row in _wrapped(line))
@@ -241,6 +245,8 @@ def _input(history: History) -> list[str]:
 
 
 def _wrapped(line: str) -> list[str]:
+    if line.startswith(_CODE):  # a line of code is whole when it is copied
+        return [line]
     indent = " " * 9 if line[:8].rstrip().endswith(":") else "    " if line.startswith("  ") else "  "
     return words.wrapped(line, 80, indent) or [""]
 
@@ -260,7 +266,7 @@ def told_in_full(alert: Alert, updates: int) -> list[str]:
     place = words.where(alert, room=12)
     rows = (("where", place), ("why", words.why(alert)), ("try", words.remedy(alert)))
     told += [f"  {label + ':':<6} {text}" for label, text in rows if text]
-    return told + [f"         {line}" for line in words.mend(alert)]
+    return told + [f"{_CODE}{line}" for line in words.mend(alert)]
 
 
 # -- the layers, one by one --------------------------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ class Judge(Protocol):
         """Records for which a rule may be silent before what it found is over."""
         ...
 
-    def inquiry(self, step: int) -> Inquiry | None:
-        """What was found out about where a value of this update was born that is not finite; None for nothing."""
+    def inquiry(self, since: int) -> Inquiry | None:
+        """What was found out, in this update or later, about where a value was born that is not finite; None for nothing."""
         ...
 
     def story(self) -> str:
@@ -310,7 +310,7 @@ class Actor:
         due.write_provisional()
         first = next(iter(self._judge.foresee(CAUSES)), None)
         why = f" First of all, {first.message}." if first is not None and first.rule != "non_finite_gradient" else ""
-        inquiry = self._judge.inquiry(due.step)
+        inquiry = self._judge.inquiry(due.step if mine is None else mine.since)
         if inquiry is not None and inquiry.cause:
             why = f"{why} {inquiry.cause}"
         text = (
@@ -322,7 +322,8 @@ class Actor:
         else:
             text += (
                 f"So were those of the {mine.skips} updates before it, from step {mine.since} on, which were left out, and "
-                f"max_skips={self.policy.max_skips} allows no more: no batch mends this, so look for NaN in weights and buffers. "
+                f"max_skips={self.policy.max_skips} allows no more: no batch mends this"
+                f"{'' if inquiry is not None and inquiry.origin is not None else ', so look for NaN in weights and buffers'}. "
                 f"{self._judge.story()}The weights are those of before step {mine.since}."
             )
         return NonFiniteGradientError(

@@ -457,3 +457,39 @@ def test_what_is_too_large_to_be_held_is_said(monkeypatch: pytest.MonkeyPatch) -
     alert = alert_of(model, prepare=lambda i: state.update(bad=i == 3))
     assert alert.origin is None
     assert "larger than 64 MB" in alert.cause
+
+
+def test_of_two_models_each_is_seen_when_its_turn_comes() -> None:
+    torch.manual_seed(0)
+    one, other = nn.Sequential(nn.Linear(4, 4)), Net(lambda model, h: torch.log(torch.relu(h)) if model.now else h)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (one, other)]
+    with GradWatch({"one": one, "other": other}, console=False) as watch:
+        for i in range(6):
+            for model, optimizer in zip((one, other), optimizers, strict=True):
+                other.now = int(i == 4)
+                optimizer.zero_grad()
+                model(torch.randn(8, 4)).square().mean().backward()
+                optimizer.step()
+    origin = watch.alerts[0].origin
+    assert origin is not None
+    assert (origin.module, origin.op) == ("other", "aten::log")
+
+
+def test_the_first_update_of_a_model_that_is_never_called_as_a_whole() -> None:
+    parts = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 2)})
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = parts
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return self.parts["b"](self.parts["a"](x) / 0.0).square().mean()
+
+    model = Step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False) as watch:
+        model.training_step(torch.randn(8, 4)).backward()
+        optimizer.step()
+    assert watch.notices == ()
+    assert watch.alerts[0].cause, "between the parts nobody runs: said as far as it is known"

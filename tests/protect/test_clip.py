@@ -33,7 +33,7 @@ class NoRules:
     def is_open(self, rule: str) -> bool:
         return False
 
-    def inquiry(self, step: int) -> None:
+    def inquiry(self, since: int) -> None:
         return None
 
     def story(self) -> str:
