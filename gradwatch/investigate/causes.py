@@ -27,9 +27,32 @@ def explain(alert: Alert, case: Case) -> Inquiry | None:
 
 
 def _missing(alert: Alert, case: Case) -> Inquiry | None:
+    """Layer by layer, for each may have been cut by something else; the first ones, where they are many."""
     if alert.evidence.get("uncalled", 0.0) == alert.evidence.get("parameters", -1.0):
         return None  # there is no way that could be cut
-    ids = {key for key, (name, _) in case.parameters.items() if name in alert.parameters}
+    whole = _missing_of(case, {key for key, (name, _) in case.parameters.items() if name in alert.parameters})
+    if whole is None or len(alert.layers) < 2:
+        return whole
+    found: dict[str, tuple[list[str], Inquiry]] = {}
+    for layer in alert.layers[:LAYERS]:
+        prefix = f"{layer}." if layer else ""
+        ids = {key for key, (name, _) in case.parameters.items() if name in alert.parameters and name.startswith(prefix)}
+        one = _missing_of(case, ids) if ids else None
+        if one is not None:
+            found.setdefault(one.cause, ([], one))[0].append(layer)
+    if len(found) < 2:
+        return whole
+    causes = " ".join(f"{', '.join(layers)}: {one.cause}" for layers, one in found.values())
+    heads = dict.fromkeys(one.remedy.partition("\n")[0] for _, one in found.values())
+    shown = "".join(f"\n{one.remedy.partition(chr(10))[2]}" for _, one in found.values() if "\n" in one.remedy)
+    return Inquiry(case.step, None, causes, " ".join(heads) + shown)
+
+
+LAYERS = 4
+"""Layers of one alert for which the forward pass is run again."""
+
+
+def _missing_of(case: Case, ids: set[int]) -> Inquiry | None:
     ways = _ways(case, ids)
     if not ways:
         return None
@@ -92,10 +115,15 @@ def _answer(case: Case, cause: str, remedy: str, cut: Cut) -> Inquiry:
     """With the line of the user's, and what is to be taken out of it."""
     if not cut.place.file or kind_of(cut.place.file) != USER:
         return Inquiry(case.step, None, cause, remedy)
+    line = mend.line_of(cut.place.file, cut.place.line, cut.place.code)
+    beside = cut.kind in ("detach", ".data") and any(word in line for word in _CUTS_TOO)  # then to take it out mends nothing
     names = {"detach": ("detach", "detach_"), ".data": ("data",), "other": (cut.name,)}.get(cut.kind)
-    diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names else None
-    shown = diff or f"  {mend.line_of(cut.place.file, cut.place.line, cut.place.code)}"
+    diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names and not beside else None
+    shown = diff or f"  {line}"
     return Inquiry(case.step, None, cause, f"{remedy}\n{shown}" if shown.strip() else remedy)
+
+
+_CUTS_TOO = ("argmax", "argmin", "argsort", ".item", ".numpy", ".tolist", ".long", ".int", ".bool", "one_hot", " > ", " < ", " == ")
 
 
 def _ways(case: Case, parameters: Collection[int]) -> list[Way]:

@@ -19,7 +19,7 @@ run again, for they may be part of the computation, and what they write to is pu
 
 - `module`: the innermost one that was running; "" where that is the model itself, or the loss outside of it.
 - `op`: the operator as `aten::name`, in both passes the forward one: `SqrtBackward0` is `aten::sqrt`.
-- `phase`: "forward", "backward" (a derivative, while all that the loss depends on is finite), "input" or "weight" (a buffer, too).
+- `phase`: "forward", "backward" (a derivative, while the loss is finite), "input" or "weight" (a buffer, too).
 - `source`: the innermost line outside torch, yours rather than a library's.
 
 A value that an operator made of an Inf is traced to that Inf, unless somebody has chosen it (a mask). What is masked on its way, and
@@ -30,7 +30,8 @@ reaches no output, is no fault of the forward pass; if its derivative spoils the
 {rows}
 
 *Module, operator and line at once* is the rule for all that is born inside a model. *Operator only*: in the loss, outside the model, the
-autograd graph shows operators and no lines; while the loss is finite, one is told where only one there can have a derivative that is not.
+autograd graph shows operators and no lines. Where the loss itself is lost, the values that the graph still holds tell which operator lost it.
+Where the loss is finite and the gradient is not, one is told if it is the only one there that can have such a derivative.
 *On recurrence*: the next ten updates are traced as they run (some times slower), and the alert is completed, by the line or by which of several
 operators it was, when it happens again; for that the weights have to be good still, so ask for `on_nonfinite="skip"`, or leave bad
 updates out yourself.
@@ -39,7 +40,7 @@ updates out yourself.
 
 Where the line is one of yours, it is shown, and the smallest mend as a diff, if one is known: a clamp before a `log`, an eps inside a
 root, the double `where`, a mask of the lowest number in place of -inf, `zero_infinity=True`. It is a suggestion: whether 1e-8 is small for
-your numbers you know better. Where two places of the line could be meant, there is none.
+your numbers you know better. Where two places of the line could be meant, no mend is proposed, nor in half precision, where 1e-8 is 0.
 
 ## What cut a gradient's way
 
@@ -52,6 +53,8 @@ line; or the output that depends on them and is not used in the loss.
 - A value that does not come back is said not to be reproduced, and why, as far as that is seen: an input that was changed in place after the
   model was given it, state that the model keeps between forward passes, random numbers of Python or numpy, hooks on parameters; else
   "suspect nondeterminism or hardware".
+- Of a model that is never called as a whole its parts are run again, as far as they are called (16 at most); what happens between them is
+  outside. Name the parts: `GradWatch({"encoder": encoder, "decoder": decoder})`.
 - Inside compiled code the module is told (`non_finite_activation`), not the operator. Once something has been compiled in a process, no
   update is traced as it runs there.
 - Nothing is run again of TorchScript, of tensor subclasses (DTensor: other processes would have to take part), nor where a SyncBatchNorm
@@ -78,7 +81,7 @@ def guide() -> str:
         elsewhere = "the loss" if bug.told != "at once" or (bug.op and bug.phase == "input") else "the model"
         module = f"`{bug.module}`" if bug.module else elsewhere
         rows.append(f"| {bug.what} | {module} | {f'`{bug.op}`' if bug.op else ''} | {bug.phase} | {what} |")
-    return TEXT.format(rows="\n".join(rows))
+    return TEXT.replace("{rows}", "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -247,3 +247,26 @@ def test_a_custom_function_that_gives_nothing_back() -> None:
 
     alert = alert_of(Net(Quantize.apply))  # type: ignore[arg-type]
     assert alert.cause == "The way to them leads through the custom function Quantize, whose backward gives nothing back for it."
+
+
+def test_two_layers_that_are_cut_by_two_things() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).detach()
+            g = (self.gate(x) > 0).float()
+            return self.b(h * g)
+
+    alert = alert_of(Two())
+    assert set(alert.layers) == {"a", "gate"}
+    assert "a: detach() at test_causes.py" in alert.cause
+    assert "gate: gt at test_causes.py" in alert.cause
+
+
+def test_a_detach_in_front_of_an_argmax_is_not_taken_out() -> None:
+    alert = alert_of(Net(lambda h: F.one_hot(h.detach().argmax(-1), 4).float()))
+    assert "detach()" in alert.cause
+    assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())
