@@ -67,8 +67,9 @@ def bytes_traced() -> int:
 
 
 def bound(updates: int, traced: int) -> dict[str, int]:
-    """A sixth of a leak of one float an update (one block, 24 bytes), and a hundredth of one of an object."""
-    return {"blocks": updates // 6, "objects": updates // 100, "bytes": max(23_900, 4 * traced)}
+    """A sixth of a leak of one float an update (one block, 24 bytes), and a hundredth of one of an object. Of bytes more than the 27 KB by
+    which recycled blocks change hands (measured, with fewer blocks than before): what is larger than a float is caught by them."""
+    return {"blocks": updates // 6, "objects": updates // 100, "bytes": max(36_000, 4 * traced)}
 
 
 def assert_flat(grown: dict[str, int], updates: int, traced: int) -> None:

@@ -939,10 +939,15 @@ def test_the_cadence_is_counted_for_each_owner() -> None:
     assert not seen[of_g][:, ~np.array(generator)].any()
 
 
+def looked_at(module: nn.Module) -> int:
+    """Hooks that sample what it puts out. (In the first update each part of a model also has one that sees it called.)"""
+    return sum(type(getattr(hook, "__self__", None)).__name__ == "Cell" for hook in module._forward_hooks.values())
+
+
 def test_a_module_out_of_scope_costs_no_hook() -> None:
     def loop(model: Any, reference: Any) -> None:
         if isinstance(reference, Bare):
-            assert [len(module._forward_hooks) for module in model.children()] == [1, 1, 0, 1, 1, 1, 1]
+            assert [looked_at(module) for module in model.children()] == [1, 1, 0, 1, 1, 1, 1]
         steps(lambda model, i: squares(model(rand(32, 12))))(model, reference)
 
     compare(mlp, loop, sampling=Sampling(exclude=("2",)), scope=lambda name: name != "2")
@@ -951,7 +956,7 @@ def test_a_module_out_of_scope_costs_no_hook() -> None:
 def test_only_what_is_included_is_looked_at() -> None:
     def loop(model: Any, reference: Any) -> None:
         if isinstance(reference, Bare):
-            assert [len(module._forward_hooks) for module in model.children()] == [0, 0, 1, 0, 1, 0, 0]
+            assert [looked_at(module) for module in model.children()] == [0, 0, 1, 0, 1, 0, 0]
         steps(lambda model, i: squares(model(rand(32, 12))))(model, reference)
 
     compare(mlp, loop, sampling=Sampling(include=("2", "4")), scope=lambda name: name in ("2", "4"), but=("saturated_fraction",))
