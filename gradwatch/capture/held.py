@@ -222,6 +222,7 @@ class Held:
         self.spent = 0.0
         self._nbytes = 0
         self._models: list[nn.Module] = []
+        self._devices: list[set[torch.device]] = []
         self._roots: list[nn.Module] = []
         self._groups: list[list[nn.Module]] = []
         self._open: set[int] = set()
@@ -280,6 +281,7 @@ class Held:
     def _put(self, models: Sequence[nn.Module]) -> None:
         self._take_out()
         self._models = list(models)
+        self._devices = [{p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")} for model in models]
         for root, model in enumerate(models):
             if isinstance(model, _FUSED):
                 continue
@@ -331,23 +333,27 @@ class Held:
         self.running.clear()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # into a CUDA graph, which runs by itself from then on
-        tensors = list(tensors_of((args, kwargs)))
-        if any(tensor.is_meta for tensor in tensors):
-            return
-        versions = [private.version_or_zero(tensor) for tensor in tensors]
-        if any(tensor.grad_fn is not None for tensor in tensors):
+        tensors = list(tensors_of(args))
+        if kwargs:
+            tensors += tensors_of(kwargs)
+        versions: list[int] = []
+        graph = False
+        for tensor in tensors:
+            if tensor.is_meta:
+                return
+            versions.append(private.version_or_zero(tensor))
+            graph = graph or tensor.grad_fn is not None
+        if graph:
             args, kwargs = _without_graph((args, kwargs))
         call = Call(root, model, args, kwargs, versions, torch.get_rng_state(), site=_site(sys._getframe(1)))
         self.running.append(call)
-        kinds = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-        if not tensors or kinds:
-            kinds |= {p.device for p in model.parameters() if p.device.type != "cpu"}
-        for device in kinds:
+        if torch.is_autocast_enabled("cpu"):
+            call.autocast.append(("cpu", torch.get_autocast_dtype("cpu")))
+        for device in self._devices[root]:
             if device.type == "cuda":
                 call.generators[device.index or 0] = torch.cuda.get_rng_state(device)
-        for kind in {"cpu", *(device.type for device in kinds)}:
-            if torch.is_autocast_enabled(kind):
-                call.autocast.append((kind, torch.get_autocast_dtype(kind)))
+            if torch.is_autocast_enabled(device.type):
+                call.autocast.append((device.type, torch.get_autocast_dtype(device.type)))
         self._entered.add(id(model))
         self._make_room()
         self.calls.append(call)
@@ -370,11 +376,13 @@ class Held:
             return
         self.running.pop()
         ref, held = weakref.ref(call), 0
+        if not private.is_ordinary():
+            return
         for number, tensor in enumerate(tensors_of(output)):
             if number >= OUTPUTS:
                 break
             node = tensor.grad_fn
-            if node is not None and not (tensor.is_meta or not private.is_ordinary()):
+            if node is not None:
                 call.nodes[number] = private.sequence_number(node)
                 held += tensor.numel() * tensor.element_size()
                 if held <= LIMIT:
@@ -443,6 +451,9 @@ def _parts_of(model: nn.Module) -> list[nn.Module]:
 def tensors_of(thing: Any) -> Iterator[Tensor]:
     """Every plain floating tensor in nested tuples, lists, mappings, dataclasses and objects (a distribution), in a fixed order, as far as
     `ITEMS` things go."""
+    if type(thing) is Tensor or (type(thing) is tuple and len(thing) == 1 and type(thing[0]) is Tensor):  # nearly always
+        one = thing if type(thing) is Tensor else thing[0]
+        return iter((one,) if one.is_floating_point() or one.is_complex() else ())
     return _tensors_of(thing, 6, [ITEMS])
 
 
