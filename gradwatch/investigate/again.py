@@ -113,6 +113,11 @@ def _refuse(model: nn.Module) -> None:
                 raise NotReplayable("a SyncBatchNorm in it waits for other processes")
 
 
+def _differ(one: Any, other: Any) -> bool:
+    """Two states of numpy's global generator."""
+    return any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def _copied(call: Call) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
     """Arguments that nothing of the user's is reached by any more: containers and objects are deep copies, tensors without their graph.
 
@@ -190,7 +195,7 @@ def _generators(call: Call) -> Iterator[Any]:
     Yields:
         A function that gives the names of those outside torch that have been drawn from: how they stood then is not known.
     """
-    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=list(call.generators)):
             torch.set_rng_state(call.generator)
@@ -199,7 +204,7 @@ def _generators(call: Call) -> Iterator[Any]:
 
             def drawn() -> list[str]:
                 names = ["random"] if random.getstate() != python else []
-                return names + (["numpy.random"] if str(np.random.get_state(legacy=False)) != str(numpy) else [])
+                return names + (["numpy.random"] if _differ(np.random.get_state(), numpy) else [])
 
             yield drawn
     finally:
