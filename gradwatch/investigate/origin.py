@@ -35,9 +35,9 @@ def investigate(case: Case, loss_by: graph.Suspect | None = None) -> Inquiry:
     calls = sorted(case.calls, key=lambda call: (not _put_out_bad(call), any(look(delta) for delta in call.deltas.values())))
     for call in calls:
         try:
-            outcome = replay(call, case.modules)
+            outcome = replay(call, case.modules, backward=not case.loss_is_bad)
             if _blames_what_it_wrote(outcome):
-                outcome = replay(call, case.modules, clean=True)
+                outcome = replay(call, case.modules, clean=True, backward=not case.loss_is_bad)
         except NotReplayable as why:
             refused = str(why)
             continue

@@ -46,13 +46,14 @@ class Outcome:
     draws: list[str] = field(default_factory=list)
 
 
-def replay(call: Call, modules: Container[int] = (), clean: bool = False) -> Outcome:
+def replay(call: Call, modules: Container[int] = (), clean: bool = False, backward: bool = True) -> Outcome:
     """Run a call again.
 
     Args:
         call: it.
         modules: ids of the modules that have a name.
         clean: NaN and Inf in buffers become 0.
+        backward: run the backward, too, where the forward pass went well.
 
     Raises:
         NotReplayable: it cannot be, and why.
@@ -72,6 +73,9 @@ def replay(call: Call, modules: Container[int] = (), clean: bool = False) -> Out
         outputs = list(tensors_of(output))
         events = ((number, tracer.event_of(tensor)) for number, tensor in enumerate(outputs) if look(tensor))
         outcome.outputs = [(number, event) for number, event in events if event is not None]
+        lost = any(not event.root.is_deliberate for number, event in outcome.outputs if number in call.used or not call.used)
+        if lost or not backward:
+            return outcome
         with this.outside_autocast():
             _backward(call, outputs, [*this.stand_ins.aliases.values()], this.inputs, outcome)
     return outcome
