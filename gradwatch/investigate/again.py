@@ -263,8 +263,14 @@ class StandIns:
         return [name for name in dict.fromkeys(found) if name]
 
     def __exit__(self, *error: Any) -> None:
+        failed: Exception | None = None
         for kept in reversed(self._kept):
-            kept.put_back()
+            try:
+                kept.put_back()
+            except Exception as one:  # the others are put back all the same
+                failed = failed or one
+        if failed is not None:
+            raise failed
 
     # -- a module ------------------------------------------------------------------------------------------------------------------
 
@@ -329,7 +335,7 @@ class StandIns:
                 self._kept.append(Array(name, value, value.copy()))
         elif isinstance(value, dict):
             self._keep_dictionary(name, value)
-            self._keep_all(name, list(value.values()), depth)
+            self._keep_all(name, list(dict.values(value)), depth)
         elif isinstance(value, (list, set, deque)):
             self._kept.append(Container(name, value, list(value)))
             self._keep_all(name, list(value), depth)
@@ -349,7 +355,7 @@ class StandIns:
             self._keep(name, item, depth - 1)
 
     def _keep_dictionary(self, name: str, dictionary: dict[Any, Any], skip: Collection[str] = (), each: bool = False) -> None:
-        items = {key: value for key, value in dictionary.items() if key not in skip}
+        items = {key: value for key, value in dict.items(dictionary) if key not in skip}  # a subclass may say something else
         self._kept.append(Dictionary(name, dictionary, items, skip, each))
 
     def _keep_tensor(self, name: str, tensor: Tensor) -> None:

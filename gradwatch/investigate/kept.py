@@ -37,7 +37,7 @@ class Dictionary:
     def is_changed(self) -> bool:
         changed = [
             key
-            for key, value in self.dictionary.items()
+            for key, value in dict.items(self.dictionary)
             if key not in self.skip and self.items.get(key, self) is not value and not str(key).startswith("_flat_weight")
         ]
         if self.each and changed:
@@ -45,7 +45,7 @@ class Dictionary:
         return bool(changed) or (not self.each and len(self.dictionary) != len(self.items))
 
     def put_back(self) -> None:
-        now = [key for key in self.dictionary if key not in self.skip]
+        now = [key for key in dict.keys(self.dictionary) if key not in self.skip]
         # By the class that keeps the order: `Counter.update` adds, and `defaultdict` has a say of its own.
         base = OrderedDict if isinstance(self.dictionary, OrderedDict) else dict
         kept = [key for key in now if key in self.items]
@@ -55,7 +55,7 @@ class Dictionary:
         for key in [*again, *(key for key in now if key not in self.items)]:
             base.__delitem__(self.dictionary, key)
         for key, value in self.items.items():
-            if self.dictionary.get(key, self) is not value:
+            if dict.get(self.dictionary, key, self) is not value:
                 base.__setitem__(self.dictionary, key, value)
 
 

@@ -369,6 +369,13 @@ class Keeper:
         self.count, self.seen = 0, []
 
 
+class Registry(dict):  # type: ignore[type-arg]
+    """As `transformers` has one: what it says of itself is not what it holds."""
+
+    def get(self, key: str) -> None:  # type: ignore[override]
+        return None
+
+
 class Everything(nn.Module):
     """Keeps state wherever a module can."""
 
@@ -384,6 +391,7 @@ class Everything(nn.Module):
         self.python = random.Random(6)
         self.array = np.zeros(3)
         self.helper = Keeper()
+        self.registry = Registry(a=1)
         self.plain = [nn.BatchNorm1d(4)]
         self.long = list(range(20_000))
         self.user_hooks: list[int] = []
@@ -396,6 +404,7 @@ class Everything(nn.Module):
         noise = torch.rand(1, generator=self.generator) + self.numpy.random() + self.old.rand() + self.python.random()
         self.array += 1
         self.helper.count += 1
+        self.registry["a"] += 1
         self.helper.seen.append(1)
         self.long.append(1)
         self.user_hooks.append(1)
@@ -435,7 +444,14 @@ def everything(watched: bool) -> list[Any]:
         watch.detach()
     helper = model.helper
     state: list[Any] = [dict(model.counter), list(model.ordered), dict(model.many), helper.count, len(helper.seen), len(model.long)]
-    state += [len(model.user_hooks), list(model.window), len(outputs), [dict(batch.extra) for batch in batches], list(vars(model))]
+    state += [
+        dict(model.registry),
+        len(model.user_hooks),
+        list(model.window),
+        len(outputs),
+        [dict(batch.extra) for batch in batches],
+        list(vars(model)),
+    ]
     state += [model.array.tolist(), model.numpy.random(), model.old.rand(), model.python.random()]
     state += [torch.rand(1, generator=model.generator), *model.plain[0].state_dict().values(), *model.state_dict().values()]
     return state
