@@ -678,7 +678,10 @@ class Recorder:
             if self._ask is not None:
                 self._ask.was_fine()
             return
-        if self._ask is None or not self._ask.wants(self.recorded(), draft.by_scaler, loss_is_bad):
+        if self._ask is None:
+            return
+        if not self._ask.wants(self.recorded(), draft.by_scaler, loss_is_bad):
+            self._ask.stop()
             return
         bad = frozenset(id(self.table.params[slot]) for slot in np.flatnonzero(draft.nonfinite).tolist())
         case = replace(self._case(roots, self.held.reached(), bad, loss_is_bad), by_scaler=draft.by_scaler)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from gradwatch.capture.held import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named
 from gradwatch.investigate.frames import NOWHERE, Place, here
+from gradwatch.investigate.graph import nodes_below
 
 SQUASHES = frozenset({"softmax", "sigmoid", "log_softmax"})
 """Functions whose calls are remembered: a loss may apply them again."""
@@ -212,33 +213,19 @@ def _depends(call: Call, parameters: Collection[int], used: list[Tensor], tensor
 def _leads(tensor: Tensor, sources: list[Tensor]) -> bool:
     """Whether its graph leads to one of them: a custom function shows in the graph alone."""
     wanted = {id(source) for source in sources}
-    return any(id(getattr(node, "variable", None)) in wanted for node in _graph_of(tensor))
+    return any(id(getattr(node, "variable", None)) in wanted for node in nodes_below([tensor.grad_fn]))
 
 
 def _custom_on_the_way(tensors: list[Tensor], sources: list[Tensor]) -> Cut | None:
     """A custom function through which each way from these tensors leads; None: some way leads around it."""
     wanted = {id(source) for source in sources}
     for tensor in tensors:
-        for node in _graph_of(tensor):
+        for node in nodes_below([tensor.grad_fn]):
             if hasattr(node, "_forward_cls"):
-                around = any(id(getattr(each, "variable", None)) in wanted for each in _graph_of(tensor, without=node))
+                around = any(id(getattr(each, "variable", None)) in wanted for each in nodes_below([tensor.grad_fn], without=node))
                 if not around:
                     return Cut("custom", type(node).__name__.removesuffix("Backward"), NOWHERE)
     return None
-
-
-def _graph_of(tensor: Tensor, without: Any = None, limit: int = 100_000) -> Iterator[Any]:
-    todo = [tensor.grad_fn] if tensor.grad_fn is not None else []
-    seen = set(todo)
-    while todo and len(seen) < limit:
-        node = todo.pop()
-        if node is without:
-            continue
-        yield node
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                todo.append(below)
 
 
 def _custom_function() -> str:

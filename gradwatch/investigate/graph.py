@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,21 @@ def outside(roots: Iterable[Any], outputs: Collection[int], parameters: Collecti
                 ends[node] |= ends[below]
         found.leads[node] = frozenset(ends[node])
     return found
+
+
+def nodes_below(starts: Iterable[Any], without: Any = None, limit: int = 100_000) -> Iterator[Any]:
+    """The nodes of a graph from these on, each once, but for what only one of them leads to."""
+    todo = [node for node in dict.fromkeys(starts) if node is not None]
+    seen = set(todo)
+    while todo and len(seen) < limit:
+        node = todo.pop()
+        if node is without:
+            continue
+        yield node
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
 
 
 def suspects(part: Outside, bad: Collection[Any]) -> list[Suspect]:

@@ -47,12 +47,6 @@ class Inquest:
 
     def wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
         """Whether there is something to be found out; while a GradScaler searches its scale, gradients that overflow are no news."""
-        wanted = self._wants(step, by_scaler, loss_is_bad)
-        if not wanted:
-            self.stop()
-        return wanted
-
-    def _wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
         if self._off or (self.last is not None and self.last.step == step and self._tracer is None):
             return False  # once an update: later backward passes add to what is there
         open_ones = [
@@ -118,7 +112,7 @@ class Inquest:
 
     # -- the next updates ----------------------------------------------------------------------------------------------------------
 
-    def begin(self, call: Call | None, case: Case) -> None:
+    def begin(self, call: Call, case: Case) -> None:
         """A forward pass begins: trace what runs from here on, if that is wanted; not within somebody else's dispatch mode.
 
         Args:
@@ -135,12 +129,10 @@ class Inquest:
                 given += [("delta", p.grad) for _, p in case.parameters.values() if p.grad is not None]
                 self._tracer = Tracer(case.modules, given)
                 self._tracer.watch()
-            if call is not None:
-                for tensor in tensors_of((call.args, call.kwargs)):
-                    self._tracer.give("input", tensor)
-                for module in call.model.modules():
-                    for buffer in module.buffers(recurse=False):
-                        self._tracer.give("buffer", buffer)
+            for tensor in tensors_of((call.args, call.kwargs)):
+                self._tracer.give("input", tensor)
+            for buffer in call.model.buffers():
+                self._tracer.give("buffer", buffer)
         except Exception:
             self._fail()
 

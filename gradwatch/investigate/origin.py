@@ -90,7 +90,7 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     if backward and case.loss_is_bad:
         return None  # it was lost on the way forward, and not in the model
     if backward:
-        events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(case, outcome) else []
+        events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(outcome) else []
     if backward and case.by_scaler:
         events = [event for event in events if event.root.bad.nan]
     if not events:
@@ -121,7 +121,7 @@ def _blames_what_it_wrote(outcome: Outcome) -> bool:
     return any(root.given == "buffer" and root.tensor is not None and address(root.tensor) in outcome.written for root in roots)
 
 
-def _came_bad(case: Case, outcome: Outcome) -> bool:
+def _came_bad(outcome: Outcome) -> bool:
     """All that is bad in the gradients came with the delta."""
     return outcome.bad_deltas and all(event.root.given == "delta" for event in outcome.gradients)
 
@@ -133,7 +133,7 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     source = f"{Path(file).name}:{line}" if file else ""
     module = case.modules.get(place.module, "")
     origin = Origin(module, telling.operator(root.op), "backward" if backward else "forward", source)
-    cause = telling.cause(event, origin, case.modules)
+    cause = telling.cause(event, origin)
     last = root.facts[-1] if root.facts else (float("nan"), float("nan"), 0)
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
@@ -256,9 +256,8 @@ def boundary(calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(number for call in calls for number in call.nodes.values() if number >= 0)
 
 
-def _came_out(case: Case, outcomes: Sequence[tuple[Call, Outcome]]) -> bool | None:
-    """Whether what the models put out was finite when it happened, but for what is meant so; None: not known."""
-    known = True
+def _came_out(case: Case, outcomes: Sequence[tuple[Call, Outcome]]) -> bool:
+    """Whether what the models put out is known to have been finite when it happened, but for what is meant so."""
     masked = {
         id(call) for call, outcome in outcomes if outcome.outputs and all(event.root.is_deliberate for _, event in outcome.outputs)
     }
@@ -266,10 +265,11 @@ def _came_out(case: Case, outcomes: Sequence[tuple[Call, Outcome]]) -> bool | No
         for number in call.nodes:
             held = call.outputs.get(number)
             if held is None or private.version_or_zero(held[0]) != held[1]:
-                known = False
-            elif (held_bad := look(held[0])) and (held_bad.nan or id(call) not in masked):
                 return False
-    return True if known else None
+            bad = look(held[0])
+            if bad.nan or (bad.inf and id(call) not in masked):
+                return False
+    return True
 
 
 def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: graph.Suspect | None) -> Inquiry | None:
@@ -277,18 +277,13 @@ def _outside(case: Case, outcomes: Sequence[tuple[Call, Outcome]], loss_by: grap
         return None
     if case.loss_is_bad and loss_by is not None:
         return _suspected(case, [loss_by])
-    came_out = _came_out(case, outcomes)
-    if case.loss_is_bad and came_out is not True:
-        return None  # not without a doubt
+    if case.loss_is_bad:  # not while there is a doubt
+        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if _came_out(case, outcomes) else None
     part = graph.outside(case.roots, boundary(case.calls), frozenset(case.parameters))
     bad: set[Any] = {number for call in case.calls for i, number in call.nodes.items() if i in call.deltas and look(call.deltas[i])}
     if not bad:
         bad = {leaf for ends in part.leads.values() for leaf in ends} & case.bad
-    if not bad:
-        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN) if case.loss_is_bad else None
-    if case.loss_is_bad:
-        return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN)
-    return _suspected(case, graph.suspects(part, bad))
+    return _suspected(case, graph.suspects(part, bad)) if bad else None
 
 
 def _suspected(case: Case, found: Sequence[graph.Suspect]) -> Inquiry | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named_tensors
+from gradwatch.investigate.graph import nodes_below
 from gradwatch.investigate.tracer import Event, Tracer, address, look
 
 
@@ -91,8 +91,10 @@ def _backward(call: Call, outputs: list[Tensor], aliases: list[Tensor], inputs: 
         tracer.give("delta", delta)
         outcome.bad_deltas |= bool(look(delta))
     leaves = [tensor for tensor in (*aliases, *inputs) if tensor.requires_grad]
-    nodes = [tensor.grad_fn for tensor, _ in driven]
-    foreign, reentrant = _leaves_of(nodes, {id(leaf) for leaf in leaves})
+    nodes = list(nodes_below(tensor.grad_fn for tensor, _ in driven))
+    known = {id(leaf) for leaf in leaves}
+    foreign = any(id(node.variable) not in known for node in nodes if hasattr(node, "variable"))
+    reentrant = any(type(node).__name__.startswith("CheckpointFunction") for node in nodes)
     tracer.in_backward = True
     with tracer:
         if reentrant and not foreign:
@@ -120,20 +122,3 @@ def _backward(call: Call, outputs: list[Tensor], aliases: list[Tensor], inputs: 
                 outcome.gradients.append(event)
     if outcome.bad_gradients and not outcome.gradients:  # a sparse one is known by no memory: what went bad first it must be
         outcome.gradients = [event for event in tracer.events if event.backward and event.root.backward][:1]
-
-
-def _leaves_of(nodes: list[Any], known: set[int], limit: int = 100_000) -> tuple[bool, bool]:
-    """Whether a graph leads to leaves other than those known, and whether it holds a reentrant checkpoint."""
-    todo = [node for node in dict.fromkeys(nodes) if node is not None]
-    seen = set(todo)
-    foreign = reentrant = False
-    while todo and len(seen) < limit:
-        node = todo.pop()
-        reentrant |= type(node).__name__.startswith("CheckpointFunction")
-        leaf = getattr(node, "variable", None)
-        foreign |= leaf is not None and id(leaf) not in known
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                todo.append(below)
-    return foreign, reentrant

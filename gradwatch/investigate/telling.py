@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -25,13 +23,12 @@ def operator(op: str) -> str:
     return f"aten::{plain.removesuffix('_forward')}"
 
 
-def cause(event: Event, origin: Origin, modules: Mapping[int, str]) -> str:
+def cause(event: Event, origin: Origin) -> str:
     """Why, in a sentence.
 
     Args:
         event: what was bad in the end.
         origin: where it began.
-        modules: names of modules by their ids.
     """
     root, made = event.root, event.made_nan
     at = f" at {origin.source}" if origin.source else ""
