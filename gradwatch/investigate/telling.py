@@ -8,7 +8,7 @@ from torch import Tensor
 from gradwatch.capture import private
 from gradwatch.capture.held import Call, tensors_of
 from gradwatch.investigate.again import named_tensors
-from gradwatch.investigate.tracer import Event
+from gradwatch.investigate.tracer import Event, is_softmax
 from gradwatch.records import Origin
 
 _ROWS = 5
@@ -40,9 +40,8 @@ def cause(event: Event, origin: Origin) -> str:
         text = f"The derivative of {origin.op}{in_module}{at} is {what} while the loss is finite"
         saved = root.saved
         if saved is not None and saved.place.source and saved.place.source != origin.source:
-            text += (
-                f", for {operator(saved.op)} at {saved.place.source} made {'NaN' if saved.bad.nan else 'Inf'} of what it was given"
-            )
+            held = "NaN" if saved.bad.nan else "Inf"
+            text += f", for it is given {held} that comes from {operator(saved.op)} at {saved.place.source}"
     else:
         text = f"{_value(root, origin.op)} gives {what}{in_module}{at}"
     if root.elements:
@@ -73,20 +72,18 @@ def _value(root: Event, op: str) -> str:
         return f"{op}" if divisor is None else f"{op} by {_short(min(divisor[:2], key=abs))}"
     if name == "to_copy" and facts:
         return f"{op}, of {_short(max(abs(low), abs(high)))}, which its dtype does not hold,"
-    if "softmax" in name or "attention" in name:
-        return f"{op} over a row that is -Inf throughout"
     if name in ("var", "std", "var_mean", "std_mean") and facts:
         return f"{op} over one number"
     if name == "empty":
         return "Memory that nobody has written (torch.empty)"
     if root.scalar:
         return f"{op} by {root.scalar}" if name in ("mul", "div") else f"{op} of {root.scalar}"
-    if root.mask is not None and "softmax" not in name and "attention" not in name:
+    if root.mask is not None:
         mask = root.mask
+        if is_softmax(name):
+            return f"{op} over a row that is -Inf throughout"
         by = f" that {operator(mask.op)}{f' at {mask.place.source}' if mask.place.source else ''} had put there" if mask.op else ""
         return f"{op} of {'-Inf' if mask.masks else 'Inf'}{by}"
-    if name == "mul" and root.bad.nan and not root.tensors:
-        return f"{op}, 0 times Inf,"
     if name == "mean" and not facts:
         return f"{op} of nothing"
     if facts:
@@ -118,7 +115,7 @@ TRAP = (
 
 def remedy(root: Event, backward: bool) -> str:
     """What to try."""
-    if root.dtype in (torch.float16, torch.bfloat16) and not root.op.strip("_").startswith("to_copy") and "softmax" not in root.op:
+    if root.dtype in (torch.float16, torch.bfloat16) and not root.op.strip("_").startswith("to_copy") and root.mask is None:
         small = "1e-8 is 0 there and 65504 the largest number" if root.dtype == torch.float16 else "it has three digits"
         return f"Compute this in float32 (it is in {str(root.dtype).removeprefix('torch.')}: {small})."
     if root.scalar or root.meant:
@@ -133,7 +130,7 @@ def remedy_of(op: str, backward: bool) -> str:
         return "Bound its base (clamp_min where it must not be negative)."
     if name in _REMEDIES:
         return _REMEDIES[name]
-    if "softmax" in name or "attention" in name:
+    if is_softmax(name):
         return "Let every row attend to something: unmask one place of a row that is masked throughout, or set its output to 0."
     if backward:
         return "Select safe inputs before the operator, not its output behind it, and add an eps inside roots and norms."

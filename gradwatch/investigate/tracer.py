@@ -81,7 +81,6 @@ class Event:
         tensors: how many tensors it was given, of a birth; `dtype`: that of the first floating one.
         scalar: "NaN" or "Inf" among the numbers it was given.
         negative: of a birth, all that is bad is -Inf.
-        node: name of the autograd node.
         own: it happened in code of the user's that the engine runs: a custom function's backward, or a hook.
         mask: of a NaN that was born of an Inf that somebody has chosen, that.
         saved: of a birth in a backward pass, the event by which a value that the forward pass had saved was bad.
@@ -106,7 +105,6 @@ class Event:
     dtype: torch.dtype = torch.float32
     scalar: str = ""
     negative: bool = False
-    node: str = ""
     own: bool = False
     saved: Event | None = None
     mask: Event | None = None
@@ -342,7 +340,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 first = min(with_nan, key=lambda cause: (cause.nan_root or cause).number)
                 event.nan_root, event.made_nan = first.nan_root or first, first.made_nan or first
             else:
-                softmax = any(part in op.name for part in _SOFTMAXES)
+                softmax = is_softmax(op.name)
                 roots = [cause.inf_root or cause for cause in with_inf]
                 guilty = [
                     root for root in roots if not (root.masks and softmax) and not (root.meant and (root.masks or not root.given))
@@ -367,15 +365,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._here()
         own = in_engine()
         node = private.current_node()
-        event.node = type(node).__name__ if node is not None else ""
+        name = type(node).__name__ if node is not None else ""
         number = private.sequence_number(node) if node is not None else -1
         # A view that is changed in place gets a node of its own, right behind the operator's.
-        made = self.made.get(number - 1 if event.node == "CopySlices" else number)
+        made = self.made.get(number - 1 if name == "CopySlices" else number)
         event.own = own is not None
         if own is not None:
             return Place(own.code, own.line, made.place.module if made is not None else 0)
         if made is None:
-            event.op = of_node(event.node)
+            event.op = of_node(name)
             return NOWHERE
         event.op = made.op
         return made.place
@@ -491,6 +489,11 @@ def _tensors(things: Iterable[Any]) -> Iterator[Tensor]:
             yield thing
         elif isinstance(thing, (list, tuple)):
             yield from _tensors(thing)
+
+
+def is_softmax(op: str) -> bool:
+    """Whether an operator takes -Inf for a mask."""
+    return any(part in op for part in _SOFTMAXES)
 
 
 @functools.cache

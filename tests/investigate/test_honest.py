@@ -493,3 +493,23 @@ def test_the_first_update_of_a_model_that_is_never_called_as_a_whole() -> None:
         optimizer.step()
     assert watch.notices == ()
     assert watch.alerts[0].cause, "between the parts nobody runs: said as far as it is known"
+
+
+def test_a_derivative_that_is_spoilt_by_what_was_born_before_names_both() -> None:
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        grown = torch.exp(h * 1e4)
+        return torch.where(h > 0, h, torch.sin(grown))
+
+    alert = alert_of(Net(middle), at=0)
+    assert alert.origin is not None
+    assert (alert.origin.op, alert.origin.phase) == ("aten::sin", "backward")
+    assert ", for it is given Inf that comes from aten::exp at test_honest.py:" in alert.cause
+
+
+def test_an_overflow_in_attention_is_no_masked_row() -> None:
+    def middle(model: nn.Module, h: Tensor) -> Tensor:
+        q = (h * 1e30)[None]
+        return nn.functional.scaled_dot_product_attention(q, q * 1e5, q)[0]
+
+    alert = alert_of(Net(middle), at=0)
+    assert "-Inf throughout" not in alert.cause
