@@ -87,8 +87,6 @@ def seen(case: Case, tracer: Tracer) -> Inquiry | None:
 def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
     events = [event for number, event in outcome.outputs if not event.root.is_deliberate and (number in call.used or not call.used)]
     backward = not events
-    if backward and case.loss_is_bad:
-        return None  # it was lost on the way forward, and not in the model
     if backward:
         events = [event for event in outcome.gradients if event.root.given != "delta"] if not _came_bad(outcome) else []
     if backward and case.by_scaler:

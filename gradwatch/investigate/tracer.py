@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import traceback
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple
@@ -39,6 +39,18 @@ _CONSTANTS = frozenset(
 
 _SOFTMAXES = ("softmax", "attention", "logsumexp")
 """Parts of the names of operators in front of which -inf is a mask."""
+
+_STATISTICS: dict[str, int | None] = {
+    "native_batch_norm": 5,
+    "_native_batch_norm_legit": 5,
+    "cudnn_batch_norm": 5,
+    "miopen_batch_norm": 5,
+    "native_batch_norm_backward": 7,
+    "cudnn_batch_norm_backward": None,
+    "miopen_batch_norm_backward": None,
+}
+"""Operators whose arguments 3 and 4 are running statistics, and the position of the argument that says that it trains (None: it always
+does). Then it reads none of them, and its forward writes them, which most of these do not declare."""
 
 NESTED = 8
 """Checkpoints within one another, or custom functions, that begin with no operator in between."""
@@ -180,6 +192,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         events: all of them, in order.
         made: sequence number of an autograd node -> which operator made it.
+        written: addresses of tensors that operators have changed.
         broken: the error that it failed by, and watches no more.
     """
 
@@ -189,6 +202,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.made: dict[int, Made] = {}
+        self.written: set[int] = set()
         self.in_backward = False
         self.broken = ""
         self._checkpointed = 0
@@ -250,12 +264,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number >= 0 and (made is None or (made.op == "clone" and op.writes)):
                 step.place = self._here()
                 self.made[number] = Made(op.name, step.place)
-        step.inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
+        statistics = list(_tensors(_statistics(op.name, args)))
+        unread = set(map(id, statistics))
+        step.inputs = [tensor for tensor in (*_tensors(args), *_tensors(kwargs.values())) if id(tensor) not in unread]
         step.scalar = _scalar((*args, *kwargs.values()))
         step.written = [
             *(tensor for i in op.writes if i < len(args) for tensor in _tensors(args[i : i + 1])),
             *(tensor for name in op.outs if name in kwargs for tensor in _tensors((kwargs[name],))),
+            *(() if step.backward else statistics),
         ]
+        self.written.update(map(address, step.written))
         written = set(map(id, step.written))
         causes = [found for tensor in step.inputs if (found := self._input(step, tensor, id(tensor) in written)) is not None]
         if step.backward:
@@ -274,9 +292,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._status[address(tensor)] = _Empty(step.place or self._here())
             return
         mine = {address(tensor) for tensor in step.inputs}
-        if not outputs:  # `_foreach_add_` and the like: what they have written is looked at when it is read
-            for tensor in step.written:
-                self._status.pop(address(tensor), None)
+        # What `_foreach_add_` and the like have written, and do not return, is looked at when it is read.
+        for where in {address(tensor) for tensor in step.written} - {address(tensor) for tensor in outputs}:
+            self._status.pop(where, None)
         for tensor in outputs:
             where = address(tensor)
             if where in mine and not step.written:
@@ -411,6 +429,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _statistics(op: str, args: Sequence[Any]) -> Sequence[Any]:
+    """Running statistics that an operator is given, and does not read."""
+    if op not in _STATISTICS:
+        return ()
+    trains = _STATISTICS[op]
+    return args[3:5] if trains is None or (trains < len(args) and args[trains]) else ()
 
 
 def address(tensor: Tensor) -> int:
