@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradwatch.capture import private
 from gradwatch.capture.held import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named_tensors
 from gradwatch.investigate.graph import nodes_below
@@ -68,7 +69,7 @@ def replay(call: Call, modules: Container[int] = (), clean: bool = False, backwa
         with tracer:
             output = this.run()
         outcome.changed, outcome.draws = this.stand_ins.changes(), this.drawn()
-        outcome.written = tracer.written & {address(buffer) for buffer in this.stand_ins.buffers}
+        outcome.written = {address(buffer) for buffer in this.stand_ins.buffers if private.version_or_zero(buffer)}
         outputs = list(tensors_of(output))
         events = ((number, tracer.event_of(tensor)) for number, tensor in enumerate(outputs) if look(tensor))
         outcome.outputs = [(number, event) for number, event in events if event is not None]

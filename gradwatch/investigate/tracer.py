@@ -50,7 +50,7 @@ _STATISTICS: dict[str, int | None] = {
     "miopen_batch_norm_backward": None,
 }
 """Operators whose arguments 3 and 4 are running statistics, and the position of the argument that says that it trains (None: it always
-does). Then it reads none of them, and its forward writes them, which most of these do not declare."""
+does). Then it writes them at most, and most of these do not declare it: what they hold has no part in what it puts out."""
 
 NESTED = 8
 """Checkpoints within one another, or custom functions, that begin with no operator in between."""
@@ -192,7 +192,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         events: all of them, in order.
         made: sequence number of an autograd node -> which operator made it.
-        written: addresses of tensors that operators have changed.
         broken: the error that it failed by, and watches no more.
     """
 
@@ -202,7 +201,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.made: dict[int, Made] = {}
-        self.written: set[int] = set()
         self.in_backward = False
         self.broken = ""
         self._checkpointed = 0
@@ -264,16 +262,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number >= 0 and (made is None or (made.op == "clone" and op.writes)):
                 step.place = self._here()
                 self.made[number] = Made(op.name, step.place)
-        statistics = list(_tensors(_statistics(op.name, args)))
-        unread = set(map(id, statistics))
+        unread = set(map(id, _statistics(op.name, args)))
         step.inputs = [tensor for tensor in (*_tensors(args), *_tensors(kwargs.values())) if id(tensor) not in unread]
         step.scalar = _scalar((*args, *kwargs.values()))
         step.written = [
             *(tensor for i in op.writes if i < len(args) for tensor in _tensors(args[i : i + 1])),
             *(tensor for name in op.outs if name in kwargs for tensor in _tensors((kwargs[name],))),
-            *(() if step.backward else statistics),
         ]
-        self.written.update(map(address, step.written))
         written = set(map(id, step.written))
         causes = [found for tensor in step.inputs if (found := self._input(step, tensor, id(tensor) in written)) is not None]
         if step.backward:
@@ -292,9 +287,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._status[address(tensor)] = _Empty(step.place or self._here())
             return
         mine = {address(tensor) for tensor in step.inputs}
-        # What `_foreach_add_` and the like have written, and do not return, is looked at when it is read.
-        for where in {address(tensor) for tensor in step.written} - {address(tensor) for tensor in outputs}:
-            self._status.pop(where, None)
+        if not outputs:  # `_foreach_add_` and the like: what they have written is looked at when it is read
+            for tensor in step.written:
+                self._status.pop(address(tensor), None)
         for tensor in outputs:
             where = address(tensor)
             if where in mine and not step.written:

@@ -89,20 +89,20 @@ def test_running_statistics_that_a_bad_batch_left_behind() -> None:
 
 
 def test_an_average_of_the_users_own_that_the_same_forward_pass_has_spoilt() -> None:
-    class Averaged(Net):
-        scale: Tensor
+    class Centred(Net):
+        mean: Tensor
 
         def __init__(self) -> None:
             super().__init__(lambda h, bad: h)
-            self.register_buffer("scale", torch.ones(()))
+            self.register_buffer("mean", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.a(x)
+            h = self.a(x) - self.mean
             h = torch.log(torch.relu(h)) if self.bad else h
-            self.scale.mul_(0.9).add_(h.detach().abs().mean(), alpha=0.1)
-            return self.b(h / self.scale)
+            self.mean.mul_(0.9).add_(h.detach().mean(), alpha=0.1)
+            return self.b(h)
 
-    _, alert = train(Averaged())
+    _, alert = train(Centred())
     assert told(alert) == ("", "aten::log", "forward")
 
 
@@ -187,3 +187,47 @@ def test_a_tracer_that_fails_before_an_operator_runs_ends_no_training(monkeypatc
     assert alert.origin is None
     assert "ZeroDivisionError" in alert.cause
     assert len(failed) == 3, "once when it was run again, and once in each of the two updates that were traced as they ran"
+
+
+def test_while_an_update_is_traced_as_it_runs_what_the_watch_runs_itself_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = tracer.Tracer._before
+
+    def before(self: tracer.Tracer, func: Any, *args: Any) -> Any:
+        if self._stop is None:  # no replay
+            ran.append(func._schema.name.removeprefix("aten::"))
+        return real(self, func, *args)
+
+    monkeypatch.setattr(tracer.Tracer, "_before", before)
+    runs: list[int] = []
+
+    def middle(h: Tensor, bad: bool) -> Tensor:
+        runs.append(1)
+        return h * torch.nan if len(runs) == 4 else h  # it does not come back, so that the next updates are traced
+
+    train(Net(middle), on_nonfinite="skip")
+    assert ran.count("addmm") == 2 * 2, "two layers, in the two updates that follow"
+    # To read the loss, and to keep the gradients that an update may be left out for.
+    assert not {"_local_scalar_dense", "_foreach_copy_"} & set(ran)
+
+
+def test_of_an_update_of_two_backwards_under_a_scaler_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = inquest.investigate
+    monkeypatch.setattr(inquest, "investigate", lambda case, loss_by: (asked.append(case.step), real(case, loss_by))[1])
+    monkeypatch.setattr(inquest, "ARMED", 0)
+    torch.manual_seed(0)
+    model = Net(lambda h, bad: h)
+    model.a.weight.register_hook(lambda grad: grad / 0.0)  # which is not run again, so that nothing is found
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu")
+    with GradWatch(model, console=False) as watch:
+        for _ in range(40):
+            optimizer.zero_grad()
+            for _ in range(2):
+                scaler.scale(model(torch.randn(8, 4)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert watch.notices == ()
+    assert any(alert.rule == "loss_scale_collapse" for alert in watch.alerts)
+    assert len(asked) == len(set(asked)) > 1
