@@ -380,6 +380,15 @@ def test_words_are_found_again_where_the_severity_rises() -> None:
     assert run.only("frozen_weights").cause.startswith("Their learning rate is 0")
 
 
+@pytest.mark.parametrize(("first", "step"), [(Severity.WARNING, 3), (Severity.INFO, 5)])
+def test_a_bad_value_that_rises_is_told_where_it_began_but_for_what_did_no_harm(first: Severity, step: int) -> None:
+    bad = finding("non_finite_gradient", first, 3, parameters=("1.weight",))
+    run = Run(chain(4), [at({1: bad, 2: replace(bad, severity=Severity.ERROR, step=5)})])
+    run.records(2)
+    alert = run.only("non_finite_gradient")
+    assert (alert.severity, alert.step) == (Severity.ERROR, step)
+
+
 def test_a_finding_that_names_parameters_is_the_more_exact_one() -> None:
     modules, exact = finding(layers=("1", "2")), finding(parameters=("1.weight",))
     run = Run(chain(4), [at({1: modules, 2: exact, 3: modules}, 10)])
