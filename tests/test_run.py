@@ -400,15 +400,24 @@ def test_a_script_runs_as_under_python_and_ends_with_the_verdict(make: Make, tmp
     assert watched.code == make.code, watched.err
     own_stderr = ""
     for result in bare:
-        own_stderr = result.err
+        own_stderr = tracker_free(result.err)
         assert result.code == make.code
         assert address_free(watched.out) == address_free(result.out)
-        assert watched.err.startswith(own_stderr), f"{own_stderr}\n-- watched --\n{watched.err}"
-    assert re.search(make.verdict, watched.err[len(own_stderr) :]), watched.err
+        assert tracker_free(watched.err).startswith(own_stderr), f"{own_stderr}\n-- watched --\n{watched.err}"
+    assert re.search(make.verdict, tracker_free(watched.err)[len(own_stderr) :]), watched.err
 
 
 def address_free(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "0x", text)
+
+
+def tracker_free(text: str) -> str:
+    """Without what multiprocessing's tracker, a process of its own, warns of at some exits.
+
+    A semaphore that is collected while the interpreter ends can be unlinked and not yet reported: a race of the standard
+    library's, seen in some runs without the watch.
+    """
+    return re.sub(r"(?m)^\S+resource_tracker\.py:\d+: UserWarning: .*\n(?:  warnings\.warn\(.*\n)?", "", text)
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------------------

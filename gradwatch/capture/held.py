@@ -11,19 +11,17 @@ import contextlib
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from types import FrameType, MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradwatch.capture import private
+from gradwatch.capture.call import PLAIN, Call, tensors_of
 from gradwatch.capture.copying import Ours
-from gradwatch.records import Alert, Inquiry
 
 LIMIT = 2**26
 """Bytes of deltas of a call that are held, of its outputs, and of inputs beyond those of the last call: 64 MB, by design."""
@@ -36,135 +34,16 @@ OLD = 8
 """Backward passes after which a call that none has reached is let go: a generator's waits for those of five steps of its critic."""
 
 PARTS = 16
-"""Parts of a model that are hooked in its place where it never runs as a whole: what costs 10 us each (measured)."""
-
-ITEMS = 2_000
-"""Things among the arguments, or the outputs, of a call that are looked at: a batch of many small tensors has hundreds."""
+"""Parts of a model that are hooked in its place where it never runs as a whole: what costs 7 us each, and 16 between cold caches (measured)."""
 
 OUTPUTS = 64
 """Tensors of one output that are asked for their delta."""
 
-_PLAIN = (Tensor, nn.Parameter)
 _TORCH = torch.__file__.removesuffix("__init__.py")
 _OURS = __file__.removesuffix("capture/held.py").removesuffix("capture\\held.py")
 
 # In eval mode their fused path is given up for a hook, and its bits with it.
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-@dataclass(slots=True, weakref_slot=True)
-class Call:
-    """A forward pass of a watched model.
-
-    Attributes:
-        root: number of the model.
-        model: the model.
-        args, kwargs: what it was given; where gradients flow on through that, without their graph.
-        versions: version of each tensor in them, in the order of `tensors_of`, when it began.
-        generator: state of the CPU's random generator, then.
-        generators: the same of other devices.
-        autocast: (device type, dtype) of what autocast was on, then.
-        site: file and line that called it, outside torch; ("", 0): not known.
-        outputs: output -> what it was, without its graph, and its version; those that are not too large.
-        nodes: output -> sequence number of the autograd node that made it, by its number among the outputs.
-        deltas: output -> the gradient with respect to it.
-        used: numbers of the outputs through which a backward has gone.
-        reached: a backward has gone through it.
-        age: backward passes that have returned since.
-        dropped: some deltas were too large to be held.
-    """
-
-    root: int
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int]
-    generator: Tensor
-    generators: dict[int, Tensor] = field(default_factory=dict)
-    autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
-    site: tuple[str, int] = ("", 0)
-    outputs: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    nodes: dict[int, int] = field(default_factory=dict)
-    deltas: dict[int, Tensor] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
-    reached: bool = False
-    age: int = 0
-    dropped: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Of its inputs."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of((self.args, self.kwargs)))
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is known of an update that went wrong.
-
-    Attributes:
-        step: its number.
-        calls: the forward passes that its backward went through, or may go through.
-        roots: of the backward.
-        modules: names of modules by their ids.
-        parameters: name and tensor of each watched parameter, by its id.
-        bad: ids of the parameters whose gradient is not finite.
-        loss_is_bad: the loss is not finite.
-        by_scaler: a GradScaler scaled it, so that an overflow of its derivative is the scale's doing.
-    """
-
-    step: int
-    calls: Sequence[Call]
-    roots: Sequence[Any]
-    modules: Mapping[int, str]
-    parameters: Mapping[int, tuple[str, Tensor]]
-    bad: frozenset[int] = frozenset()
-    loss_is_bad: bool = False
-    by_scaler: bool = False
-
-
-class Ask(Protocol):
-    """Finds out why an update went wrong."""
-
-    def wants(self, step: int, by_scaler: bool, loss_is_bad: bool) -> bool:
-        """Whether there is something to be found out about an update whose loss or gradients are not finite."""
-        ...
-
-    @property
-    def armed(self) -> int:
-        """Updates that are to be traced as they run."""
-        ...
-
-    def begin(self, call: Call, case: Case) -> None:
-        """A forward pass begins, and `armed` is not 0."""
-        ...
-
-    def pause(self) -> None:
-        """What runs from here on is the watch's own."""
-        ...
-
-    def backward_begins(self) -> None:
-        """The outermost backward begins now."""
-        ...
-
-    def was_fine(self) -> None:
-        """It has returned, and all is well."""
-        ...
-
-    def stop(self) -> None:
-        """The watch is left, or a backward has raised."""
-        ...
-
-    def explain(self, alert: Alert, case: Case) -> Inquiry | None:
-        """What there is to be found out about an incident that opens."""
-        ...
-
-    def before(self, case: Case) -> None:
-        """A backward is about to run whose loss is not finite; its graph still holds values."""
-        ...
-
-    def after(self, case: Case) -> Inquiry | None:
-        """A backward has left gradients that are not finite, or its loss was not."""
-        ...
 
 
 class Gate(Ours):
@@ -431,7 +310,7 @@ class _Catch:
         call.reached = True
         call.used.add(self._number)
         grad = grads[self._output] if self._output < len(grads) else None
-        if grad is None or type(grad) not in _PLAIN:
+        if grad is None or type(grad) not in PLAIN:
             return
         held = sum(delta.numel() * delta.element_size() for delta in call.deltas.values())
         if held + grad.numel() * grad.element_size() > LIMIT:
@@ -448,42 +327,10 @@ def _parts_of(model: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def tensors_of(thing: Any) -> Iterator[Tensor]:
-    """Every plain floating tensor in nested tuples, lists, mappings, dataclasses and objects (a distribution), in a fixed order, as far as
-    `ITEMS` things go."""
-    if type(thing) is Tensor or (type(thing) is tuple and len(thing) == 1 and type(thing[0]) is Tensor):  # nearly always
-        one = thing if type(thing) is Tensor else thing[0]
-        return iter((one,) if one.is_floating_point() or one.is_complex() else ())
-    return _tensors_of(thing, 6, [ITEMS])
-
-
-def _tensors_of(thing: Any, depth: int, left: list[int]) -> Iterator[Tensor]:
-    left[0] -= 1
-    if left[0] < 0:
-        return
-    if type(thing) in _PLAIN:
-        if thing.is_floating_point() or thing.is_complex():
-            yield thing
-    elif not depth or thing is None or isinstance(thing, (str, bytes, int, float, nn.Module, type)):
-        return
-    elif isinstance(thing, (tuple, list)):
-        for item in islice(thing, max(0, left[0])):
-            yield from _tensors_of(item, depth - 1, left)
-    elif isinstance(thing, Mapping):
-        for item in islice(thing.values(), max(0, left[0])):
-            yield from _tensors_of(item, depth - 1, left)
-    elif is_dataclass(thing):
-        for each in fields(thing):
-            yield from _tensors_of(getattr(thing, each.name, None), depth - 1, left)
-    elif isinstance(getattr(thing, "__dict__", None), dict) and not callable(thing) and not isinstance(thing, Tensor):
-        for item in islice(list(vars(thing).values()), max(0, left[0])):
-            yield from _tensors_of(item, depth - 1, left)
-
-
 def _without_graph(thing: Any) -> Any:
     """The same with tensors that have a graph replaced by leaves on the same memory; containers are made anew, objects are kept."""
     if isinstance(thing, Tensor):
-        return thing.detach().requires_grad_(thing.requires_grad) if type(thing) in _PLAIN and thing.grad_fn is not None else thing
+        return thing.detach().requires_grad_(thing.requires_grad) if type(thing) in PLAIN and thing.grad_fn is not None else thing
     if type(thing) in (tuple, list):
         return type(thing)(_without_graph(item) for item in thing)
     if type(thing) is dict:

@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 
 from gradwatch.capture import private
 from gradwatch.capture.acting import BY_HAND, INSIDE_BACKWARD, Act, Acting, Deliberate
+from gradwatch.capture.call import Ask, Call, Case
 from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
 from gradwatch.capture.graph import walk
-from gradwatch.capture.held import Ask, Call, Case, Held
+from gradwatch.capture.held import Held
 from gradwatch.capture.inside import Inside
 from gradwatch.capture.norms import TINY, NormReader, exact
 from gradwatch.capture.optimizers import Owners

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call, tensors_of
+from gradwatch.capture.call import Call, tensors_of
 from gradwatch.investigate.kept import GENERATORS, Array, Container, Dictionary, Generator, Kept, Memory, join
 
 KEPT = 2**26

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from gradwatch.capture.held import Call, Case
+from gradwatch.capture.call import Call, Case
 from gradwatch.investigate import mend
 from gradwatch.investigate.again import NotReplayable
 from gradwatch.investigate.cuts import Cut, Way, follow

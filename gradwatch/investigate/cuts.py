@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from gradwatch.capture.held import Call, tensors_of
+from gradwatch.capture.call import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named
 from gradwatch.investigate.frames import NOWHERE, Place, here
 from gradwatch.investigate.graph import nodes_below

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call, Case, tensors_of
+from gradwatch.capture.call import Call, Case, tensors_of
 from gradwatch.capture.tape import TAPE
 from gradwatch.investigate.causes import EXPLAINED, explain
 from gradwatch.investigate.graph import Suspect

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call, Case
+from gradwatch.capture.call import Call, Case
 from gradwatch.investigate import graph, mend, telling
 from gradwatch.investigate.again import NotReplayable
 from gradwatch.investigate.frames import USER, kind_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call, tensors_of
+from gradwatch.capture.call import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named_tensors
 from gradwatch.investigate.graph import nodes_below
 from gradwatch.investigate.tracer import Event, Tracer, address, look

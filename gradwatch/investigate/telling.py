@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.capture import private
-from gradwatch.capture.held import Call, tensors_of
+from gradwatch.capture.call import Call, tensors_of
 from gradwatch.investigate.again import named_tensors
 from gradwatch.investigate.tracer import Event, is_softmax
 from gradwatch.records import Origin

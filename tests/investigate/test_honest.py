@@ -476,6 +476,7 @@ def test_of_two_models_each_is_seen_when_its_turn_comes() -> None:
 
 
 def test_the_first_update_of_a_model_that_is_never_called_as_a_whole() -> None:
+    torch.manual_seed(0)
     parts = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 2)})
 
     class Step(nn.Module):
@@ -492,7 +493,11 @@ def test_the_first_update_of_a_model_that_is_never_called_as_a_whole() -> None:
         model.training_step(torch.randn(8, 4)).backward()
         optimizer.step()
     assert watch.notices == ()
-    assert watch.alerts[0].cause, "between the parts nobody runs: said as far as it is known"
+    # What runs between the parts is nobody's: it is followed to the part that was given it.
+    alert = watch.alerts[0]
+    assert alert.origin is not None
+    assert (alert.origin.module, alert.origin.phase) == ("parts.b", "input")
+    assert alert.cause == "The input `input` of parts.b holds Inf in 8 of 8 rows (0, 1, 2, 3, 4, ...) in the batch of step 0."
 
 
 def test_a_derivative_that_is_spoilt_by_what_was_born_before_names_both() -> None:
