@@ -37,8 +37,9 @@ ALPHABET = 128
 
 WIDTH, DEPTH = 128, 10
 BATCH, LR, UPDATES = 128, 2e-3, 500
-TOO_LARGE = 0.3
-"""Standard deviation of the weights that are too large. He initialisation has 0.125 at this width: each layer enlarges 2.4 times."""
+TOO_LARGE = 0.28
+"""Standard deviation of the weights that are too large. He initialisation has 0.125 at this width: each layer enlarges 2.2 times. At 0.3
+one clipped run in six fell into a hole, which one depending on the processor; at 0.28 none of five did (measured)."""
 
 
 def demo(case: str | None = None, *, seed: int = 0, console: Console | None = None) -> int:
