@@ -172,6 +172,7 @@ class Inquiry:
         remedy: what to try, in a sentence, and behind a line break the smallest mend as a diff, where the line is known.
         outputs: modules whose output is known to have held it -> how many elements did.
         inputs: bad elements in what the model was given; NaN where that was not looked at.
+        overflowed: the operator is one that was given too large numbers, and did not leave its domain.
     """
 
     step: int
@@ -180,6 +181,7 @@ class Inquiry:
     remedy: str = ""
     outputs: Mapping[str, float] = field(default_factory=dict)
     inputs: float = float("nan")
+    overflowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class Call:
         model: the model.
         args, kwargs: what it was given; where gradients flow on through that, without their graph.
         versions: version of each tensor in them, in the order of `tensors_of`, when it began.
+        computed: numbers of those that had a graph: somebody had computed them.
         generator: state of the CPU's random generator, then.
         generators: the same of other devices.
         autocast: (device type, dtype) of what autocast was on, then.
@@ -47,6 +48,7 @@ class Call:
     kwargs: dict[str, Any]
     versions: list[int]
     generator: Tensor
+    computed: frozenset[int] = frozenset()
     generators: dict[int, Tensor] = field(default_factory=dict)
     autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
     site: tuple[str, int] = ("", 0)

@@ -216,15 +216,16 @@ class Held:
         if kwargs:
             tensors += tensors_of(kwargs)
         versions: list[int] = []
-        graph = False
+        computed: frozenset[int] = frozenset()
         for tensor in tensors:
             if tensor.is_meta:
                 return
             versions.append(private.version_or_zero(tensor))
-            graph = graph or tensor.grad_fn is not None
-        if graph:
+            if tensor.grad_fn is not None:
+                computed |= {len(versions) - 1}
+        if computed:
             args, kwargs = _without_graph((args, kwargs))
-        call = Call(root, model, args, kwargs, versions, torch.get_rng_state(), site=_site(sys._getframe(1)))
+        call = Call(root, model, args, kwargs, versions, torch.get_rng_state(), computed, site=_site(sys._getframe(1)))
         self.running.append(call)
         if torch.is_autocast_enabled("cpu"):
             call.autocast.append(("cpu", torch.get_autocast_dtype("cpu")))

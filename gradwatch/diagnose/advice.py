@@ -218,7 +218,7 @@ def _diverged(history: History) -> tuple[str, str] | None:
         return None
     # The very first one: the second may be that of a run that is diverging already.
     first, last = float(b.first_losses[0]), float(losses[-1])
-    if not abs(last) > 100 * abs(first):
+    if not last > 100 * abs(first):
         return None
     return (
         f"{DIVERGED}: the loss grew from {first:.3g} to {last:.3g} before it overflowed.",

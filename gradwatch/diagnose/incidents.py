@@ -321,7 +321,7 @@ class Incidents:
 
 def _traced(alert: Alert, inquiry: Inquiry) -> Alert:
     """With what was found out. Of a training that has diverged the operator that overflowed in the end is not the cause."""
-    if alert.cause.startswith(DIVERGED) and inquiry.origin is not None and inquiry.origin.phase in ("forward", "backward"):
+    if alert.cause.startswith(DIVERGED) and inquiry.origin is not None and inquiry.overflowed:
         return replace(alert, origin=inquiry.origin)
     return replace(
         alert, origin=inquiry.origin or alert.origin, cause=inquiry.cause or alert.cause, remedy=inquiry.remedy or alert.remedy

@@ -71,6 +71,11 @@ def _missing_of(case: Case, ids: set[int]) -> Inquiry | None:
         return Inquiry(
             case.step, None, cause, "Look in the loop for detach(), .data, item() or no_grad() between the model and the loss."
         )
+    if way.depends:
+        cause = "What the model puts out depends on them, but no gradient comes back: the way leads through what is not torch's."
+        return Inquiry(
+            case.step, None, cause, "Stay with tensors on the way: no item(), numpy() or tolist(), and no choice by a number (if)."
+        )
     if way.used:
         cause = "They are used in the forward pass, but nothing that the model puts out depends on the result."
         return Inquiry(case.step, None, cause, "Use the result in what forward() returns, or freeze them (requires_grad_(False)).")
@@ -94,6 +99,21 @@ def _of_cut(cut: Cut) -> tuple[str, str]:
             f"{cut.name}{at} takes the value out of torch, and with it the way back.",
             "Stay with tensors: no item(), numpy() or tolist().",
         )
+    if cut.kind == "sample":
+        return (
+            f"sample(){at} draws without a way back.",
+            f"Use rsample() where the distribution has it, or a loss of log_prob (REINFORCE), {freeze}.",
+        )
+    if cut.kind == "write":
+        return (
+            f"{cut.name}{at} writes to memory past the graph (.data, detach()), so that no way leads back from there.",
+            f"Compute a new tensor in its place (torch.where, torch.cat, an addition), {freeze}.",
+        )
+    if cut.kind == "indices":
+        return (
+            f"The indices that {cut.name} gives{at} have no derivative; its values have.",
+            "Use the values as well: weight what is chosen by them, or use a straight-through estimator.",
+        )
     if cut.kind == "integer":
         return (
             f"{cut.name}{at} has no derivative: what it gives is no floating number.",
@@ -116,14 +136,10 @@ def _answer(case: Case, cause: str, remedy: str, cut: Cut) -> Inquiry:
     if not cut.place.file or kind_of(cut.place.file) != USER:
         return Inquiry(case.step, None, cause, remedy)
     line = mend.line_of(cut.place.file, cut.place.line, cut.place.code)
-    beside = cut.kind in ("detach", ".data") and any(word in line for word in _CUTS_TOO)  # then to take it out mends nothing
     names = {"detach": ("detach", "detach_"), ".data": ("data",), "other": (cut.name,)}.get(cut.kind)
-    diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names and not beside else None
+    diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names else None
     shown = diff or f"  {line}"
     return Inquiry(case.step, None, cause, f"{remedy}\n{shown}" if shown.strip() else remedy)
-
-
-_CUTS_TOO = ("argmax", "argmin", "argsort", ".item", ".numpy", ".tolist", ".long", ".int", ".bool", "one_hot", " > ", " < ", " == ")
 
 
 def _ways(case: Case, parameters: Collection[int]) -> list[Way]:

@@ -23,6 +23,7 @@ from gradwatch.capture.call import Call, tensors_of
 from gradwatch.investigate.again import Again, again, named
 from gradwatch.investigate.frames import NOWHERE, Place, here
 from gradwatch.investigate.graph import nodes_below
+from gradwatch.investigate.tracer import address
 
 SQUASHES = frozenset({"softmax", "sigmoid", "log_softmax"})
 """Functions whose calls are remembered: a loss may apply them again."""
@@ -33,8 +34,10 @@ class Cut:
     """The call in which a gradient's way ends.
 
     Attributes:
-        kind: "detach", ".data", "no_grad", "integer" (an operator whose result is no floating number), "python" (`item`, `numpy`,
-            `tolist`), "custom" (a custom function, whose backward gives nothing back), or "other".
+        kind: "detach", ".data", "no_grad", "sample" (of a distribution), "write" (into memory, past the graph), "integer" (an operator
+            whose result is no floating number),
+            "indices" (what it gives beside its values), "python" (`item`, `numpy`, `tolist`), "custom" (a custom function, whose backward
+            gives nothing back), or "other".
         name: of the function, as users write it.
         place: of the line.
     """
@@ -57,12 +60,15 @@ class Way:
         used: something was computed from them.
         outputs: names of the outputs that depend on them and pass a gradient back.
         cut: by which those that the loss uses, or all, do no more; None: nothing is known to.
-        squashed: the last call of each softmax and the like, by its name.
+        depends: what is put out has other values where the parameters have; None: that was not looked at.
+        squashed: the call of each softmax and the like that gives what is put out, by its name; of those that have only one in the pass,
+            that.
     """
 
     used: bool = False
     outputs: list[str] = field(default_factory=list)
     cut: Cut | None = None
+    depends: bool | None = None
     squashed: dict[str, Cut] = field(default_factory=dict)
 
 
@@ -73,17 +79,27 @@ class Follower(TorchFunctionMode):
         sources: the tensors.
         modules: ids of modules that have a name.
         stop: code of the function from which everything is run.
+        disturb: number of the end whose value is another than it is; -1: none.
+
+    Attributes:
+        used: something was computed from them.
+        ends: calls by which values left torch, or the graph.
+        squashed: calls of a softmax and the like, and what they gave.
     """
 
-    def __init__(self, sources: Iterable[Tensor], modules: Container[int] = (), stop: CodeType | None = None) -> None:
+    def __init__(
+        self, sources: Iterable[Tensor], modules: Container[int] = (), stop: CodeType | None = None, disturb: int = -1
+    ) -> None:
         super().__init__()
-        self._modules, self._stop = modules, stop
-        self._kept: list[Any] = []  # so that no id is given twice
-        self._live = {id(tensor) for tensor in sources}
+        self._modules, self._stop, self._disturb = modules, stop, disturb
+        self._kept: list[Any] = []  # so that no id, and no memory, is given twice
+        self._sources = list(sources)
+        self._live = {id(tensor) for tensor in self._sources}
         self._dead: dict[int, Cut] = {}
+        self._written: dict[int, Cut] = {}
         self.used = False
         self.ends: list[Cut] = []
-        self.squashed: dict[str, Cut] = {}
+        self.squashed: list[tuple[Cut, Tensor]] = []
 
     def is_live(self, tensor: Tensor) -> bool:
         """It depends on them, and passes a gradient back."""
@@ -98,47 +114,95 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in SQUASHES and isinstance(out, Tensor):
-            self.squashed[name] = Cut("other", name, here(self._modules, self._stop))
+            self.squashed.append((Cut("other", name, here(self._modules, self._stop)), out))
         if name.startswith(_SHAPES):
             return out  # it goes by the shape alone
         given = list(_things((args, tuple(kwargs.values()))))
+        for thing in given:
+            self._read(thing)
         live = any(id(thing) in self._live for thing in given)
         dead = next((cut for thing in given if (cut := self._dead.get(id(thing))) is not None), None)
         if not live and dead is None:
             return out
         self.used = True
         made: Cut | None = None
-        for thing in _things((out,)):
+        results = list(_things((out,)))
+        for thing in results:
             self._kept.append(thing)
             if isinstance(thing, Tensor) and thing.requires_grad and live:
                 self._live.add(id(thing))
             elif live and id(thing) not in self._live:
-                made = made or self._cut(func, name, thing)
+                made = made or self._cut(func, name, thing, results)
                 self._dead.setdefault(id(thing), made)
             elif dead is not None:
-                self._dead.setdefault(id(thing), dead)
+                # Where the way would end here, too, it is of no use to take out what cut it before.
+                ends_here = not isinstance(thing, Tensor) or not (thing.is_floating_point() or thing.is_complex())
+                known = dead.kind in ("integer", "indices", "python") or not ends_here or name.startswith("__get")
+                self._dead.setdefault(id(thing), dead if known else self._cut(func, name, thing, results))
+        self._write(name, args, kwargs, live, dead)
         if name in _TO_PYTHON:
-            self.ends.append(Cut("python", f"{name.strip('_')}()", here(self._modules, self._stop)))
+            self.ends.append(Cut("python", _TO_PYTHON[name], here(self._modules, self._stop)))
         elif made is not None and made.kind in ("detach", ".data", "no_grad"):
             self.ends.append(made)
+        if 0 <= self._disturb == len(self.ends) - 1:
+            self._disturb = -1
+            out = _other_than(out)
+            self._kept.append(out)
         if live and name == "detach_" and isinstance(args[0], Tensor):
             self._live.discard(id(args[0]))
             self._dead[id(args[0])] = Cut("detach", name, here(self._modules, self._stop))
         return out
 
-    def _cut(self, func: Any, name: str, thing: Any) -> Cut:
+    def _read(self, thing: Any) -> None:
+        """Something is given to a call: what its memory holds may depend on them, though the object does not show it."""
+        if not isinstance(thing, Tensor) or id(thing) in self._live or id(thing) in self._dead:
+            return
+        cut = self._written.get(address(thing))
+        if cut is not None:
+            self._kept.append(thing)
+            if _leads(thing, self._sources):
+                self._live.add(id(thing))
+            else:
+                self._dead[id(thing)] = cut
+
+    def _write(self, name: str, args: Any, kwargs: Any, live: bool, dead: Cut | None) -> None:
+        """A call in place has written what depends on them to the memory of its target; so it may be seen by another object than it."""
+        in_place = name in ("__setitem__", "copy_") or (name.endswith("_") and not name.startswith("__")) or name.startswith("__i")
+        target = args[0] if in_place and args else kwargs.get("out")
+        if not isinstance(target, Tensor) or target.layout is not torch.strided:
+            return
+        self._kept.append(target)
+        place = here(self._modules, self._stop)
+        shown = "An assignment" if name in ("__setitem__", "__set__") else f"{name.strip('_').removeprefix('i')}_()"
+        if live and target.requires_grad:
+            self._live.add(id(target))
+            self._dead.pop(id(target), None)
+        if not live and dead is not None:
+            cut = dead
+        elif not torch.is_grad_enabled():
+            cut = Cut("no_grad", "no_grad()", place)
+        else:
+            cut = Cut("write", shown, place)
+        self._written.setdefault(address(target), cut)
+        if not target.requires_grad:
+            self._dead.setdefault(id(target), cut)
+
+    def _cut(self, func: Any, name: str, thing: Any, results: list[Any]) -> Cut:
         place = here(self._modules, self._stop)
         if name == "detach":
             return Cut("detach", "detach()", place)
         if "data.__get__" in (resolve_name(func) or "") or (name == "__get__" and "data" in repr(func)):
             return Cut(".data", ".data", place)
         if not isinstance(thing, Tensor):
-            return Cut("python", f"{name}()", place)
+            return Cut("python", _TO_PYTHON.get(name, f"{name}()"), place)
+        if not (thing.is_floating_point() or thing.is_complex()):
+            beside = any(isinstance(one, Tensor) and one.is_floating_point() for one in results)
+            return Cut("indices" if beside else "integer", name.strip("_"), place)
         if not torch.is_grad_enabled():
+            if _in_sample():
+                return Cut("sample", "sample()", place)
             function = _custom_function()
             return Cut("custom", function, place) if function else Cut("no_grad", "no_grad()", place)
-        if not (thing.is_floating_point() or thing.is_complex()):
-            return Cut("integer", name.strip("_"), place)
         return Cut("other", name, place)
 
 
@@ -156,7 +220,14 @@ _SHAPES = (
     "stride",
 )
 
-_TO_PYTHON = frozenset({"item", "tolist", "numpy", "__float__", "__int__", "__array__"})
+_TO_PYTHON = {
+    "item": "item()",
+    "tolist": "tolist()",
+    "numpy": "numpy()",
+    "__array__": "numpy",
+    "__float__": "float()",
+    "__int__": "int()",
+}
 
 
 def follow(call: Call, parameters: Collection[int], modules: Container[int] = ()) -> Way:
@@ -172,8 +243,8 @@ def follow(call: Call, parameters: Collection[int], modules: Container[int] = ()
         Exception: whatever it raises this time.
     """
     follower, output, sources = _followed(call, parameters, modules)
-    way = Way(follower.used, squashed=follower.squashed)
     tensors = list(tensors_of(output))
+    way = Way(follower.used, squashed=_last_squash(follower.squashed, tensors))
     live = {id(tensor) for tensor in tensors if follower.is_live(tensor) or _leads(tensor, sources)}
     way.outputs = [name for name, tensor in named("", output, 6) if id(tensor) in live]
     if not way.outputs and live:
@@ -185,28 +256,73 @@ def follow(call: Call, parameters: Collection[int], modules: Container[int] = ()
     cuts = [cut for tensor in used if (cut := follower.cut_of(tensor)) is not None]
     if cuts:
         way.cut = cuts[0]
-    elif follower.ends and not way.outputs and _depends(call, parameters, used, tensors):
-        way.cut = follower.ends[-1]  # the values have left torch and have come back
+    elif way.used and not way.outputs:
+        numbers = [number for number, tensor in enumerate(tensors) if any(tensor is one for one in used)]
+        way.depends = _changes(call, parameters, tensors, numbers, by=1.5)
+        if way.depends:  # the values have left torch and have come back: where one is another than it is, what is put out is
+            last = len(follower.ends) - 1
+            tried = range(last, max(-1, last - _TRIED), -1)
+            way.cut = next((follower.ends[i] for i in tried if _changes(call, parameters, tensors, numbers, disturb=i)), None)
     return way
 
 
+_TRIED = 8
+"""Ends, the last ones, for each of which the forward pass is run again."""
+
+
+def _last_squash(squashed: list[tuple[Cut, Tensor]], outputs: list[Tensor]) -> dict[str, Cut]:
+    """Of each softmax and the like the call that is meant: the one that gives an output, else the only one."""
+    found = {}
+    for name in SQUASHES:
+        calls = [(cut, tensor) for cut, tensor in squashed if cut.name == name]
+        last = [(cut, tensor) for cut, tensor in calls if any(tensor is output for output in outputs)] or calls
+        if len({cut.source for cut, _ in last}) == 1:
+            found[name] = last[0][0]
+    return found
+
+
+def _other_than(thing: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(thing, (Tensor, np.ndarray)):
+        if thing.dtype in (torch.bool, np.bool_):
+            return ~thing
+        return (
+            (thing * 1.5 + 0.1).astype(thing.dtype)
+            if isinstance(thing, np.ndarray)
+            else (thing.detach() * 1.5 + 0.1).to(thing.dtype)
+        )
+    if isinstance(thing, bool):
+        return not thing
+    if isinstance(thing, int):
+        return thing + 1
+    if isinstance(thing, float):
+        return thing * 1.5 + 0.1
+    return [_other_than(one) for one in thing] if isinstance(thing, list) else thing
+
+
 def _followed(
-    call: Call, parameters: Collection[int], modules: Container[int], by: float = 1.0
+    call: Call, parameters: Collection[int], modules: Container[int], by: float = 1.0, disturb: int = -1
 ) -> tuple[Follower, Any, list[Tensor]]:
     with again(call) as this:
         sources = [alias for key, alias in this.stand_ins.aliases.items() if key in parameters]
         if by != 1.0:
             for alias in sources:
                 alias.data = alias.detach() * by + 0.1
-        with Follower(sources, modules, stop=Again.run.__code__) as follower:
+        with Follower(sources, modules, stop=Again.run.__code__, disturb=disturb) as follower:
             return follower, this.run(), sources
 
 
-def _depends(call: Call, parameters: Collection[int], used: list[Tensor], tensors: list[Tensor]) -> bool:
-    """Whether what is put out has other values where the parameters have."""
-    _, output, _ = _followed(call, parameters, (), by=1.5)
+def _changes(
+    call: Call, parameters: Collection[int], tensors: list[Tensor], numbers: list[int], by: float = 1.0, disturb: int = -1
+) -> bool:
+    """Whether what is put out has other values where the parameters have (`by`), or where the value at an end is another (`disturb`)."""
+    try:
+        _, output, _ = _followed(call, parameters, (), by, disturb)
+    except Exception:
+        if disturb < 0:
+            raise
+        return True  # an index that is out of range, say: it is used
     others = list(tensors_of(output))
-    numbers = [number for number, tensor in enumerate(tensors) if any(tensor is one for one in used)]
     return len(others) != len(tensors) or any(not torch.equal(tensors[i].detach(), others[i].detach()) for i in numbers)
 
 
@@ -226,6 +342,19 @@ def _custom_on_the_way(tensors: list[Tensor], sources: list[Tensor]) -> Cut | No
                 if not around:
                     return Cut("custom", type(node).__name__.removesuffix("Backward"), NOWHERE)
     return None
+
+
+def _in_sample() -> bool:
+    """Whether a distribution of torch's draws."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "sample" and frame.f_code.co_filename.startswith(_DISTRIBUTIONS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
 
 
 def _custom_function() -> str:

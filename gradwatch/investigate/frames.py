@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Container
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -34,11 +35,13 @@ class Place:
         code: of the function; None where no code but torch's is running.
         line: in its file.
         module: id of the innermost module that is running, 0 for none.
+        instruction: of the code, the one that runs; -1: not known.
     """
 
     code: CodeType | None
     line: int
     module: int
+    instruction: int = -1
 
     @property
     def file(self) -> str:
@@ -49,6 +52,18 @@ class Place:
     def source(self) -> str:
         """ "file.py:line", "" where it is not known."""
         return f"{Path(self.file).name}:{self.line}" if self.code is not None else ""
+
+    @property
+    def span(self) -> tuple[int, int, int, int] | None:
+        """What of the source runs: first line, column, last line, column, these in bytes; None where the code does not say (`-X
+        no_debug_ranges`)."""
+        if self.code is None or self.instruction < 0:
+            return None
+        found = next(islice(self.code.co_positions(), self.instruction // 2, None), None)
+        if found is None:
+            return None
+        line, last, start, end = found
+        return None if line is None or last is None or start is None or end is None else (line, start, last, end)
 
 
 NOWHERE = Place(None, 0, 0)
@@ -78,11 +93,11 @@ def here(known: Container[int], stop: CodeType | None = None) -> Place:
             if kind is None:
                 kind = _kinds[code.co_filename] = kind_of(code.co_filename)
             if kind == USER:
-                return Place(code, frame.f_lineno, module or _module_around(frame, known, stop))
+                return Place(code, frame.f_lineno, module or _module_around(frame, known, stop), frame.f_lasti)
             if kind == LIBRARY and best is None:
                 best = frame
         frame = frame.f_back
-    return Place(best.f_code, best.f_lineno, module) if best is not None else Place(None, 0, module)
+    return Place(best.f_code, best.f_lineno, module, best.f_lasti) if best is not None else Place(None, 0, module)
 
 
 def in_engine() -> Place | None:
@@ -96,7 +111,7 @@ def in_engine() -> Place | None:
         if kind is None:
             kind = _kinds[name] = kind_of(name)
         if kind != TORCH:
-            return Place(frame.f_code, frame.f_lineno, 0)
+            return Place(frame.f_code, frame.f_lineno, 0, frame.f_lasti)
         frame = frame.f_back
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,12 @@ def seen(case: Case, tracer: Tracer) -> Inquiry | None:
     if not found:
         return None
     event = min(found, key=lambda one: one.root.number)
-    if event.root.given:
+    root = event.root
+    if backward and root.saved is not None and root.saved.given:
+        root = root.saved
+    if root.given == "constant":
+        return _constant(case, root)
+    if root.given:
         return None
     return _described(case, None, event, backward)
 
@@ -95,7 +101,7 @@ def _inside(case: Case, call: Call, outcome: Outcome) -> Inquiry | None:
         return None
     event = min(events, key=lambda one: one.root.number)
     root = event.root
-    if backward and root.saved is not None and root.saved.given in ("input", "parameter", "buffer"):
+    if backward and root.saved is not None and root.saved.given in ("input", "parameter", "buffer", "constant"):
         root = root.saved  # what the forward pass was given spoils the derivative
     if root.given == "parameter":
         return _weight(case, root)
@@ -136,17 +142,31 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
         half = root.dtype in (torch.float16, torch.bfloat16)
-        culprit = mend.Culprit(root.op, backward, last[0], root.tensors, half, code=place.code)
+        culprit = mend.Culprit(
+            root.op,
+            backward,
+            math.nan if root.counts else last[0],
+            root.tensors,
+            counts=root.counts,
+            infinite=root.bad.inf,
+            empty=not root.facts,
+            half=half,
+            code=place.code,
+            span=place.span,
+        )
         found = mend.mend(file, line, culprit)
         masked = root.mask.place if root.mask is not None else None
         if not found.diff and masked is not None and masked.file and kind_of(masked.file) == USER:
-            found = mend.mend(masked.file, masked.line, replace(culprit, code=masked.code))  # where the mask is filled in
+            found = mend.mend(
+                masked.file, masked.line, replace(culprit, code=masked.code, span=masked.span)
+            )  # where the mask is filled in
         shown = found.diff or f"  {mend.line_of(file, line, place.code)}".rstrip()
     remedy = telling.TRAP if found.trap else telling.remedy(root, backward)
     outputs = {}
     if not backward and call is not None:
         outputs = {name: float(max(1, root.elements)) for name in dict.fromkeys((module, _root_name(case, call)))}
-    return Inquiry(case.step, origin, cause, f"{remedy}\n{shown}" if shown else remedy, outputs, 0.0)
+    told = f"{remedy}\n{shown}" if shown else remedy
+    return Inquiry(case.step, origin, cause, told, outputs, 0.0, overflowed=telling.overflowed(root))
 
 
 def _root_name(case: Case, call: Call) -> str:
@@ -158,8 +178,16 @@ def _input(case: Case, call: Call, outcome: Outcome, root: Event) -> Inquiry:
     name = outcome.paths.get(address(root.tensor), "")
     what, count = telling.rows(root.tensor)
     label = f"The input `{name}`" if name else "The input"
-    cause = f"{label} of {_root_name(case, call) or 'the model'} holds {what} in the batch of step {case.step}."
-    remedy = "Look at these rows where the batch is made (torch.isfinite(x).all()), and mend the data or its normalisation."
+    of = _root_name(case, call) or "the model"
+    if name in telling.changed_inputs(call):  # by a normalisation in place, say, which has spoilt it
+        cause = f"{label} of {of} was changed in place after it was given, and holds {what} now; what it held then is not known."
+        return Inquiry(case.step, None, cause, telling.AGAIN)
+    if name in telling.computed_inputs(call):
+        cause = f"{label} of {of}, which is computed before it is called, holds {what} at step {case.step}."
+        remedy = f"Look at what computes it. {telling.AGAIN}"
+    else:
+        cause = f"{label} of {of} holds {what} in the batch of step {case.step}."
+        remedy = "Look at these rows where the batch is made (torch.isfinite(x).all()), and mend the data or its normalisation."
     return Inquiry(case.step, Origin(_root_name(case, call), "", "input"), cause, remedy, inputs=float(count))
 
 
@@ -293,15 +321,16 @@ def _suspected(case: Case, found: Sequence[graph.Suspect]) -> Inquiry | None:
         if suspect.given and suspect.values is not None:
             what, _ = telling.rows(suspect.values)
             name = f"The {suspect.given} that {op} is given" if suspect.given not in ("self", "other") else f"What {op} is given"
-            cause = f"{name} in the loss, outside the model, holds {what} in the batch of step {case.step}."
-            remedy = "Look at these rows where the batch is made (torch.isfinite(y).all())."
+            cause = f"{name} in the loss, outside the model, holds {what} at step {case.step}."
+            remedy = "Look at it where it is made: in the batch, or in what the loop computes of it (torch.isfinite(y).all())."
         elif suspect.given:
-            cause = f"What {op} in the loss is given besides the model's output is not finite in the batch of step {case.step}."
-            remedy = "Look at the targets where the batch is made (torch.isfinite(y).all())."
+            cause = f"What {op} in the loss is given besides the model's output is not finite at step {case.step}."
+            remedy = "Look at it where it is made: in the batch, or in what the loop computes of it (torch.isfinite(y).all())."
         else:
             cause = telling.outside(op, case.loss_is_bad)
             remedy = f"{telling.remedy_of(ops[0], backward=not case.loss_is_bad)} {telling.AGAIN}"
-        return Inquiry(case.step, Origin("", op, phase), cause, remedy)  # type: ignore[arg-type]
+        overflowed = not suspect.given and telling.may_overflow(ops[0])
+        return Inquiry(case.step, Origin("", op, phase), cause, remedy, overflowed=overflowed)  # type: ignore[arg-type]
     if not ops:
         return Inquiry(case.step, None, telling.BORN_OUTSIDE, telling.AGAIN)
     names = ", ".join(telling.operator(op) for op in ops[:4])
@@ -326,7 +355,7 @@ def _nothing(case: Case, outcomes: Sequence[tuple[Call, Outcome]], refused: str,
     if not ran or (not case.loss_is_bad and any(outcome.bad_deltas for outcome in ran)):
         return Inquiry(case.step)
     hooked = [name for key, (name, p) in case.parameters.items() if key in case.bad and private.has_hooks(p)]
-    changed = [what for call, _ in outcomes for what in telling.changed_inputs(call)]
+    changed = [f"the input `{name}`" for call, _ in outcomes for name in telling.changed_inputs(call)]
     hidden = [name for _, outcome in outcomes for name in outcome.changed]
     draws = list(dict.fromkeys(name for _, outcome in outcomes for name in outcome.draws))
     if changed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def cause(event: Event, origin: Origin) -> str:
         saved = root.saved
         if saved is not None and saved.place.source and saved.place.source != origin.source:
             held = "NaN" if saved.bad.nan else "Inf"
-            text += f", for it is given {held} that comes from {operator(saved.op)} at {saved.place.source}"
+            comes = "that comes from" if not saved.given else "that was there before"
+            text += f", for it is given {held} {comes} {operator(saved.op)} at {saved.place.source}"
     else:
         text = f"{_value(root, origin.op)} gives {what}{in_module}{at}"
     if root.elements:
@@ -57,19 +60,22 @@ def _value(root: Event, op: str) -> str:
     facts = root.facts
     name = root.op.strip("_")
     low, high = (facts[0][0], facts[0][1]) if facts else (float("nan"), float("nan"))
-    if name in ("log", "log2", "log10", "sqrt", "rsqrt", "log1p", "lgamma", "digamma", "xlogy") and facts:
+    if name in ("log", "log2", "log10", "sqrt", "rsqrt", "log1p", "lgamma", "digamma") and facts:
         return f"{op} of {_short(low)}"
+    if name == "xlogy" and facts:
+        return f"{op} with the logarithm of {_short(facts[-1][0])}"
     if name == "pow" and root.bad.nan and facts and low < 0:
         return f"{op} of {_short(low)} with an exponent that is no whole number"
     if name in ("acos", "asin", "acosh", "atanh", "erfinv", "logit") and facts:
-        return f"{op} of numbers from {_short(low)} to {_short(high)}"
-    if name in ("exp", "exp2", "expm1", "sinh", "cosh") and facts:
-        return f"{op} of {_short(high)}"
+        return f"{op} of numbers from {_beyond_one(low)} to {_beyond_one(high)}"
+    if name in _EXPONENTIALS and facts:
+        return f"{op} of {_short(max(low, high, key=abs) if name in ('sinh', 'cosh') else high)}"
     if name in ("div", "reciprocal", "true_divide"):
-        divisor = facts[-1] if facts else None
-        if divisor is not None and divisor[0] <= 0 <= divisor[1]:
-            return f"{op} by 0"
-        return f"{op}" if divisor is None else f"{op} by {_short(min(divisor[:2], key=abs))}"
+        if math.isnan(root.least):
+            return op
+        largest = max(abs(low), abs(high)) if facts else 0.0
+        of = f" of numbers up to {_short(largest)}" if root.least and largest >= 1e4 and name != "reciprocal" else ""
+        return f"{op}{of} by {_short(root.least)}"
     if name == "to_copy" and facts:
         return f"{op}, of {_short(max(abs(low), abs(high)))}, which its dtype does not hold,"
     if name in ("var", "std", "var_mean", "std_mean") and facts:
@@ -81,7 +87,7 @@ def _value(root: Event, op: str) -> str:
     if root.mask is not None:
         mask = root.mask
         if is_softmax(name):
-            return f"{op} over a row that is -Inf throughout"
+            return f"{op} over a row that {'is -Inf throughout' if mask.masks else 'holds Inf'}"
         by = f" that {operator(mask.op)}{f' at {mask.place.source}' if mask.place.source else ''} had put there" if mask.op else ""
         return f"{op} of {'-Inf' if mask.masks else 'Inf'}{by}"
     if name == "mean" and not facts:
@@ -113,9 +119,29 @@ TRAP = (
 )
 
 
+def overflowed(root: Event) -> bool:
+    """It gave Inf for numbers that are too large, and not because it left its domain: what a training that diverges ends in."""
+    if not root.bad.inf or root.given or not root.facts:
+        return False
+    name, largest = root.op.strip("_"), max(max(abs(low), abs(high)) for low, high, _ in root.facts)
+    return name in _EXPONENTIALS or (largest >= 1e4 and not (name in _DIVISIONS and root.least == 0) and name not in _DOMAINS)
+
+
+def may_overflow(op: str) -> bool:
+    """Of an operator of whose input nothing is known."""
+    return op.strip("_") not in (*_DIVISIONS, *_DOMAINS)
+
+
+_EXPONENTIALS = ("exp", "exp2", "expm1", "sinh", "cosh")
+_DIVISIONS = ("div", "reciprocal", "true_divide", "rsqrt")
+_DOMAINS = ("log", "log2", "log10", "log1p", "xlogy", "sqrt", "atanh", "erfinv", "logit", "lgamma", "digamma")
+
+
 def remedy(root: Event, backward: bool) -> str:
     """What to try."""
-    if root.dtype in (torch.float16, torch.bfloat16) and not root.op.strip("_").startswith("to_copy") and root.mask is None:
+    too_large = root.op.strip("_") in _EXPONENTIALS and root.facts and max(map(abs, root.facts[0][:2])) > 88.7  # for float32, too
+    half = root.dtype in (torch.float16, torch.bfloat16) and not too_large
+    if half and not root.op.strip("_").startswith("to_copy") and root.mask is None:
         small = "1e-8 is 0 there and 65504 the largest number" if root.dtype == torch.float16 else "it has three digits"
         return f"Compute this in float32 (it is in {str(root.dtype).removeprefix('torch.')}: {small})."
     if root.scalar or root.meant:
@@ -152,13 +178,14 @@ _REMEDIES = {
     ),
     **dict.fromkeys(
         ("var", "std", "var_mean", "std_mean"),
-        "Give it more than one number, or use correction=0, and add an eps to it.",
+        "Give it more than one number, or use correction=0 (a little smaller for every batch), and add an eps to it.",
     ),
     "empty": "Write to it before it is read: torch.zeros, or an initialisation (torch.nn.init).",
     "to_copy": "Use bfloat16, or keep that part in float32.",
     "mean": "Leave the term out where there is nothing to take a mean of.",
     **dict.fromkeys(
-        ("nll_loss", "nll_loss2d"), "Leave a batch out all of whose targets are ignored (ignore_index): its mean is 0 divided by 0."
+        ("nll_loss", "nll_loss2d"),
+        "Leave a batch out all of whose targets are ignored (ignore_index) or have weight 0: its mean is 0 divided by 0.",
     ),
     "ctc_loss": "Use zero_infinity=True, and check that no target is longer than its input: equal labels in a row need a blank between them.",
 }
@@ -176,6 +203,8 @@ def rows(tensor: Tensor) -> tuple[str, int]:
         if wrong.dim() < 2 or not count:
             where = wrong.nonzero().flatten().tolist() if wrong.dim() else []
             of = f"{count} of {wrong.numel()} elements" if wrong.dim() else "it"
+        elif len(wrong) == 1:  # no batch: a hidden state of one layer
+            where, of = [], f"{count} of {wrong.numel()} elements"
         else:
             where = wrong.flatten(1).any(dim=1).nonzero().flatten().tolist()
             of = f"{len(where)} of {len(wrong)} rows"
@@ -185,13 +214,21 @@ def rows(tensor: Tensor) -> tuple[str, int]:
 
 def changed_inputs(call: Call) -> list[str]:
     """Names of the inputs that were changed in place since the model was given them."""
-    names = {id(tensor): name for name, tensor in named_tensors(call.model, call.args, call.kwargs)}
     now = list(tensors_of((call.args, call.kwargs)))
-    return [
-        f"the input `{names.get(id(tensor), '')}`"
-        for tensor, version in zip(now, call.versions, strict=False)
-        if private.version_or_zero(tensor) != version
-    ]
+    changed = zip(now, call.versions, strict=False)
+    return _names_of(call, [tensor for tensor, version in changed if private.version_or_zero(tensor) != version])
+
+
+def computed_inputs(call: Call) -> list[str]:
+    """Names of the inputs that came out of somebody's computing, with a graph."""
+    return _names_of(
+        call, [tensor for number, tensor in enumerate(tensors_of((call.args, call.kwargs))) if number in call.computed]
+    )
+
+
+def _names_of(call: Call, inputs: list[Tensor]) -> list[str]:
+    names = {id(tensor): name for name, tensor in named_tensors(call.model, call.args, call.kwargs)}
+    return [names.get(id(tensor), "") for tensor in inputs]
 
 
 def _layer(name: str) -> str:
@@ -200,3 +237,8 @@ def _layer(name: str) -> str:
 
 def _short(number: float) -> str:
     return f"{number:.3g}"
+
+
+def _beyond_one(number: float) -> str:
+    """With all digits where three would hide that it is beyond 1."""
+    return f"{number:.9g}" if abs(number) > 1 and abs(float(_short(number))) == 1 else _short(number)

@@ -10,7 +10,7 @@ import functools
 import math
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -91,6 +91,8 @@ class Event:
         where: index of the first bad element of its output, of a birth.
         elements: how many are bad.
         tensors: how many tensors it was given, of a birth; `dtype`: that of the first floating one.
+        least: smallest magnitude in the last thing that it was given, a tensor or a number, of a birth; NaN: not known.
+        counts: that was a tensor of integers.
         scalar: "NaN" or "Inf" among the numbers it was given.
         negative: of a birth, all that is bad is -Inf.
         own: it happened in code of the user's that the engine runs: a custom function's backward, or a hook.
@@ -115,6 +117,8 @@ class Event:
     elements: int = 0
     tensors: int = 0
     dtype: torch.dtype = torch.float32
+    least: float = math.nan
+    counts: bool = False
     scalar: str = ""
     negative: bool = False
     own: bool = False
@@ -163,6 +167,7 @@ class _Step:
     causes: list[tuple[Event, Bad]] = field(default_factory=list)
     saved: Event | None = None
     facts: tuple[tuple[float, float, int], ...] | None = None
+    last: Any = None
     scalar: str = ""
 
 
@@ -265,6 +270,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         unread = set(map(id, _statistics(op.name, args)))
         step.inputs = [tensor for tensor in (*_tensors(args), *_tensors(kwargs.values())) if id(tensor) not in unread]
         step.scalar = _scalar((*args, *kwargs.values()))
+        step.last = args[1] if len(args) > 1 and isinstance(args[1], (Tensor, int, float)) else args[0] if args else None
         step.written = [
             *(tensor for i in op.writes if i < len(args) for tensor in _tensors(args[i : i + 1])),
             *(tensor for name in op.outs if name in kwargs for tensor in _tensors((kwargs[name],))),
@@ -365,6 +371,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             event.place = step.place or self._place(event)
             event.facts = step.facts if step.facts is not None else _facts(step.inputs)
             event.tensors = len(step.inputs)
+            event.least, event.counts = _least(step.last)
             event.dtype = next((tensor.dtype for tensor in step.inputs if tensor.is_floating_point()), output.dtype)
             event.negative = is_mask(output, bad)
             wrong = ~torch.isfinite(_values(output.detach()))
@@ -384,7 +391,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = self.made.get(number - 1 if name == "CopySlices" else number)
         event.own = own is not None
         if own is not None:
-            return Place(own.code, own.line, made.place.module if made is not None else 0)
+            return replace(own, module=made.place.module if made is not None else 0)
         if made is None:
             event.op = of_node(name)
             return NOWHERE
@@ -402,7 +409,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if made is not None:
             self._checkpointed = made.place.module
         # Of a checkpoint within a checkpoint the outer one is known.
-        return Place(place.code, place.line, self._checkpointed)
+        return replace(place, module=self._checkpointed)
 
     def _new(self, op: str, bad: Bad) -> Event:
         event = Event(len(self.events), op, bad)
@@ -502,6 +509,18 @@ def _facts(inputs: Iterable[Tensor]) -> tuple[tuple[float, float, int], ...]:
         if finite.numel():
             facts.append((float(finite.min()), float(finite.max()), tensor.numel()))
     return tuple(facts)
+
+
+def _least(thing: Any) -> tuple[float, bool]:
+    """The smallest magnitude in a tensor, or of a number, and whether it is a tensor of integers; NaN: not known."""
+    if isinstance(thing, (int, float)):
+        return abs(float(thing)), False
+    if not isinstance(thing, Tensor) or thing.layout is not torch.strided or thing.is_nested or thing.is_meta or not thing.numel():
+        return math.nan, False
+    values = thing.detach()
+    if values.dtype == torch.bool:
+        return float(values.all()), True
+    return float(values.abs().min()), not (values.is_floating_point() or values.is_complex())
 
 
 def _tensors(things: Iterable[Any]) -> Iterator[Tensor]:

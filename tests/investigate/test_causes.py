@@ -268,5 +268,5 @@ def test_two_layers_that_are_cut_by_two_things() -> None:
 
 def test_a_detach_in_front_of_an_argmax_is_not_taken_out() -> None:
     alert = alert_of(Net(lambda h: F.one_hot(h.detach().argmax(-1), 4).float()))
-    assert "detach()" in alert.cause
+    assert alert.cause.startswith("argmax at test_causes.py:"), "without the detach the way would end there, too"
     assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())

@@ -497,7 +497,9 @@ def test_the_first_update_of_a_model_that_is_never_called_as_a_whole() -> None:
     alert = watch.alerts[0]
     assert alert.origin is not None
     assert (alert.origin.module, alert.origin.phase) == ("parts.b", "input")
-    assert alert.cause == "The input `input` of parts.b holds Inf in 8 of 8 rows (0, 1, 2, 3, 4, ...) in the batch of step 0."
+    assert alert.cause == (
+        "The input `input` of parts.b, which is computed before it is called, holds Inf in 8 of 8 rows (0, 1, 2, 3, 4, ...) at step 0."
+    )
 
 
 def test_a_derivative_that_is_spoilt_by_what_was_born_before_names_both() -> None:
