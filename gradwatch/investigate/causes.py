@@ -77,7 +77,7 @@ def _missing_of(case: Case, ids: set[int]) -> Inquiry | None:
             case.step, None, cause, "Stay with tensors on the way: no item(), numpy() or tolist(), and no choice by a number (if)."
         )
     if way.used:
-        cause = "They are used in the forward pass, but nothing that the model puts out depends on the result."
+        cause = "They are used in the forward pass, but what the model puts out is the same with other weights."
         return Inquiry(case.step, None, cause, "Use the result in what forward() returns, or freeze them (requires_grad_(False)).")
     return None
 

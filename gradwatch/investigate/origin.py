@@ -154,7 +154,8 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
             code=place.code,
             span=place.span,
         )
-        found = mend.mend(file, line, culprit)
+        if place.file:  # else the line only calls what torch runs
+            found = mend.mend(file, line, culprit)
         masked = root.mask.place if root.mask is not None else None
         if not found.diff and masked is not None and masked.file and kind_of(masked.file) == USER:
             found = mend.mend(

@@ -78,8 +78,8 @@ def _value(root: Event, op: str) -> str:
         return f"{op}{of} by {_short(root.least)}"
     if name == "to_copy" and facts:
         return f"{op}, of {_short(max(abs(low), abs(high)))}, which its dtype does not hold,"
-    if name in ("var", "std", "var_mean", "std_mean") and facts:
-        return f"{op} over one number"
+    if name in ("var", "std", "var_mean", "std_mean"):
+        return f"{op} over {'one number' if facts else 'nothing'}"
     if name == "empty":
         return "Memory that nobody has written (torch.empty)"
     if root.scalar:
@@ -146,6 +146,10 @@ def remedy(root: Event, backward: bool) -> str:
         return f"Compute this in float32 (it is in {str(root.dtype).removeprefix('torch.')}: {small})."
     if root.scalar or root.meant:
         return "Look at where that number is made."
+    if root.mask is not None and is_softmax(root.op) and not root.mask.masks:
+        return "Mask with -Inf or a large negative number: softmax gives all to Inf."
+    if overflowed(root) and root.op.strip("_") not in _EXPONENTIALS:
+        return "Make what it is given smaller: a lower learning rate, clipped gradients (clip=1.0), or a normalisation before it."
     return remedy_of(root.op, backward)
 
 

@@ -88,6 +88,12 @@ def test_a_block_that_ends_early_is_judged_from_10_updates_on(records: int, told
         pytest.param(chain(3), [0.0] * 10 + [20.0] * 20, False, id="began at zero"),
         pytest.param(chain(3), [1.0, 1.0] + [20.0] * 20, True, id="two of the first three"),
         pytest.param(chain(3), [1.0] + [20.0] * 20, False, id="one of the first three"),
+        pytest.param(
+            chain(3), [0.001] + [0.02 * min(i, 40) for i in range(1, 60)], False, id="a term that is warmed up from nothing"
+        ),
+        pytest.param(chain(3), [0.001] + [0.02 * i for i in range(1, 160)], True, id="its coefficient for ever"),
+        pytest.param(chain(3), [0.02] + [0.02 * (1 + i) for i in range(1, 60)], True, id="as steadily, from what the loss costs"),
+        pytest.param(chain(3), [0.001] + [0.02 * 1.4**i for i in range(1, 30)], True, id="from nothing, by a factor"),
     ],
 )
 def test_how_far_it_has_to_rise_and_for_how_long(meta: Meta, values: list[float], told: bool) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ def test_the_output_that_is_used_decides() -> None:
 
 def test_what_leads_nowhere_is_told() -> None:
     alert = alert_of(Net(lambda h: torch.ones(8, 4)))
-    assert alert.cause == "They are used in the forward pass, but nothing that the model puts out depends on the result."
+    assert alert.cause == "They are used in the forward pass, but what the model puts out is the same with other weights."
 
 
 def test_a_module_that_is_never_called_has_no_way_that_could_be_cut() -> None:
@@ -222,7 +223,7 @@ def test_what_is_only_logged_is_not_cut_by_that() -> None:
 
     assert (
         alert_of(Net(middle)).cause
-        == "They are used in the forward pass, but nothing that the model puts out depends on the result."
+        == "They are used in the forward pass, but what the model puts out is the same with other weights."
     )
 
 
@@ -269,4 +270,133 @@ def test_two_layers_that_are_cut_by_two_things() -> None:
 def test_a_detach_in_front_of_an_argmax_is_not_taken_out() -> None:
     alert = alert_of(Net(lambda h: F.one_hot(h.detach().argmax(-1), 4).float()))
     assert alert.cause.startswith("argmax at test_causes.py:"), "without the detach the way would end there, too"
+    assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())
+
+
+# -- values that are written, and values that leave torch --------------------------------------------------------------------------
+
+
+def past_the_graph(h: Tensor) -> Tensor:
+    w = torch.zeros(8, 4)
+    w.data.copy_(h)  # guilty
+    h.detach()  # for a log
+    return w * 2
+
+
+def into_data(h: Tensor) -> Tensor:
+    x = torch.ones(8, 4)
+    x.detach().add_(h)  # guilty
+    return x.tanh()
+
+
+def under_no_grad(h: Tensor) -> Tensor:
+    x = torch.zeros(8, 4)
+    with torch.no_grad():
+        x[:] = h  # guilty
+    return x.tanh()
+
+
+def by_a_mask(h: Tensor) -> Tensor:
+    x = torch.zeros(8, 4)
+    x[h > 0] = 0.5  # guilty
+    return x
+
+
+def through_an_array(h: Tensor) -> Tensor:
+    x = torch.tensor(np.clip(h.detach().numpy(), -1, 1))  # guilty
+    float(h.detach().norm().item())  # for a log
+    return x
+
+
+def as_an_array(h: Tensor) -> Tensor:
+    return torch.as_tensor(np.asarray(h.detach()) * 2)  # guilty
+
+
+def drawn(h: Tensor) -> Tensor:
+    return F.one_hot(torch.multinomial(torch.softmax(h, -1).detach(), 1)[:, 0], 4).float()  # guilty
+
+
+def nearest(h: Tensor) -> Tensor:
+    return torch.eye(4)[torch.cdist(h.detach(), torch.eye(4)).min(-1).indices]  # guilty
+
+
+def top(h: Tensor) -> Tensor:
+    v, i = h.softmax(-1).topk(2, -1)  # guilty
+    return torch.zeros(8, 4).scatter(1, i, torch.ones_like(v))
+
+
+def sampled(h: Tensor) -> Tensor:
+    return torch.distributions.Normal(h, 1.0).sample()  # guilty
+
+
+@pytest.mark.parametrize(
+    ("middle", "says"),
+    [
+        (past_the_graph, "copy_() at {} writes to memory past the graph"),
+        (into_data, "add_() at {} writes to memory past the graph"),
+        (under_no_grad, "They are used under no_grad() at {},"),
+        (by_a_mask, "gt at {} has no derivative"),
+        (through_an_array, "numpy() at {} takes the value out of torch"),
+        (as_an_array, "numpy at {} takes the value out of torch"),
+        (drawn, "multinomial at {} has no derivative"),
+        (nearest, "The indices that min gives at {} have no derivative"),
+        (top, "The indices that topk gives at {} have no derivative"),
+        (sampled, "sample() at {} draws without a way back."),
+    ],
+)
+def test_where_the_value_went_is_named_and_nothing_taken_out_that_would_not_mend_it(
+    middle: Callable[[Tensor], Tensor], says: str
+) -> None:
+    alert = alert_of(Net(middle))
+    assert alert.layers == ("a",)
+    assert alert.cause.startswith(says.format(guilty(middle)))
+    assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())
+
+
+def test_a_tensor_that_is_written_within_the_graph_cuts_nothing() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            h = torch.zeros(8, 4)
+            h[0].copy_(self.a(x)[0])  # by a view: the whole is another object
+            h[1:] = self.a(x)[1:]
+            return self.b(x), h * 2
+
+    alert = alert_of(Two(), loss=lambda out: F.cross_entropy(out[0], torch.arange(8) % 2))
+    assert alert.cause.startswith("The output `output[1]` depends on them and the loss does not")
+
+
+def test_a_choice_by_a_number_is_not_told_as_unused() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 2)
+            nn.init.zeros_(self.a.weight)
+            nn.init.constant_(self.a.bias, 0.04)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x) * (2.0 if bool(self.a(x).mean() > 0.08) else 1.0)
+
+    alert = alert_of(Chosen())
+    assert alert.cause.startswith("What the model puts out depends on them, but no gradient comes back")
+
+
+def test_of_two_softmaxes_of_a_pass_the_line_is_not_guessed() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.a(x)
+            z = F.softmax(self.b(h), dim=1)
+            return z, F.softmax(h, dim=1)
+
+    alert = alert_of(
+        Attends(), "double_softmax", lambda out: F.cross_entropy(out[0], torch.arange(8) % 2) + 0.01 * out[1].square().mean()
+    )
+    assert "test_causes.py" not in alert.cause
     assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())

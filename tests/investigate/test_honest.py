@@ -520,3 +520,73 @@ def test_an_overflow_in_attention_is_no_masked_row() -> None:
 
     alert = alert_of(Net(middle), at=0)
     assert "-Inf throughout" not in alert.cause
+
+
+def test_a_model_that_normalises_its_input_in_place_does_not_blame_the_batch() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.now = nn.Linear(4, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x -= x.mean(1, keepdim=True)
+            x /= x.std(1, keepdim=True)
+            return self.layer(x)
+
+    model, loss = Normalised(), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with GradWatch(model, console=False, on_nonfinite="skip") as watch:
+        for i in range(4):
+            x = torch.randn(8, 4)
+            if i > 1:
+                x[5] = 1.0
+            optimizer.zero_grad()
+            loss(model(x), torch.ones(8, 2)).backward()
+            optimizer.step()
+            if i == 2:
+                assert watch.alerts[0].origin is None
+                assert "was changed in place" in watch.alerts[0].cause
+                assert "batch" not in watch.alerts[0].remedy
+    assert watch.notices == ()
+    origin = watch.alerts[0].origin
+    assert origin is not None, "the next update is traced as it runs"
+    assert (origin.op, origin.phase) == ("aten::div_", "forward")
+    assert origin.source.startswith("test_honest.py:")
+
+
+def test_a_target_that_is_nan_is_told_where_it_is_met_and_no_operator_is_blamed() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    y = torch.randn(8, 1)
+    y[[2, 7]] = torch.nan
+    with GradWatch(model, console=False, on_nonfinite="skip") as watch:
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(torch.randn(8, 4))
+            mask = ~torch.isnan(y)
+            loss = (out - y) ** 2
+            loss[mask].mean().backward()
+            optimizer.step()
+    alert = watch.alerts[0]
+    assert alert.origin is not None
+    assert alert.origin.phase == "input"
+    assert "holds NaN in 2 of 8 rows (2, 7)" in alert.cause
+    assert alert.remedy.startswith("Look at where that tensor is made.")
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_a_division_by_0_is_no_overflow_of_what_grew(growing: bool) -> None:
+    """A loss that has grown, or fallen below 0, before its divisor is 0."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradWatch(model, console=False) as watch:
+        for i in range(16):
+            optimizer.zero_grad()
+            loss = model(torch.ones(8, 4)).square().mean() + 0.01
+            loss = loss * 3.0**i if growing else 0.01 * loss / loss.detach() - i
+            count = torch.tensor(0.0 if i == 15 else 1.0)
+            (loss * count / count).backward()
+            optimizer.step()
+    alert = next(alert for alert in watch.alerts if alert.rule == "non_finite_loss")
+    assert alert.cause == "aten::div in the loss, outside the model, makes it not finite."
+    assert "diverged" not in alert.cause

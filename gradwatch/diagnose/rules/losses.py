@@ -54,6 +54,10 @@ from itself rises by a factor of 25 while the policy gets better; measured)."""
 RECENT, LASTING = 8, 7
 """Of so many losses, how many have to be so large: a verdict within 10 updates."""
 
+RAMP, FROM_NOTHING, EVENLY = 8, 0.2, 0.4
+"""Losses, part of the second that the first is, and part by which each may differ from the usual rise per update, for a coefficient that is
+warmed up from 0: what it multiplies changes by a few per cent an update, and what diverges begins with what the loss costs."""
+
 SPIKE = 10.0
 """Times the median and the largest of the losses before it, as for the gradient's spike. Growth, however fast, comes in smaller steps."""
 
@@ -134,13 +138,13 @@ STILL = 1e-4
 def loss_diverging(history: History) -> Iterator[Finding]:
     """The loss has risen far above what it began with and stays there.
 
-    With `L0` the median of the first `START` losses: `LASTING` of the last `RECENT` losses, the last among them, exceed
-    `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy over C classes. For any other loss they exceed
-    `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do, each (but one) is above the one before, and
-    they grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are each `EACH` times the one before and grow
-    `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess. Or the logarithms of the last `TREND` lie along a line
-    (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more than the loss of a guess,
-    which has to be known; of losses other than cross-entropies within the first `EARLY` records.
+    With `L0` the median of the first `START` losses (of a term that is warmed up from 0, the largest of the first `WINDOW`): `LASTING` of
+    the last `RECENT` losses, the last among them, exceed `DIVERGED_CLASSES` times the larger of `L0` and ln C, for a mean cross-entropy
+    over C classes. For any other loss they exceed `DIVERGED * L0`, and updates change `OVERSHOOTS` of the weights. Or the last `RISEN` do,
+    each (but one) is above the one before, and they grow `RUNAWAY` times (a cross-entropy by any factor). Or `STEADY` losses in a row are
+    each `EACH` times the one before and grow `RUNAWAY` times together, to `FAR` times L0 and the loss of a guess. Or the logarithms of the
+    last `TREND` lie along a line (`TOGETHER`) that grows `TREBLES` times and bends down by no more than `BENDS`, to `FAR` times L0 and more
+    than the loss of a guess, which has to be known; of losses other than cross-entropies within the first `EARLY` records.
 
     Ignored: runs of several optimizers, of a changing number of losses an update, and losses that are not positive throughout: what a
     sum of such losses does means nothing; a rise from a low loss to less than that (a restart, a curriculum, forgetting).
@@ -153,7 +157,7 @@ def loss_diverging(history: History) -> Iterator[Finding]:
     b = history.baselines
     if len(b.losses) < WINDOW or len(b.first_losses) < START:
         return
-    start = median(b.first_losses[:START])
+    start = _began_with(b.first_losses)
     recent, guess = b.losses[-RECENT:], guess_of(history)
     classes = history.meta.criterion == "cross_entropy" and guess > 0
     high = DIVERGED_CLASSES * max(start, guess) if classes else DIVERGED * start
@@ -334,6 +338,19 @@ def _grows(last: NDArray[np.float64], far: float, guess: float) -> bool:
 def _correlation(values: NDArray[np.float64]) -> float:
     """With their number; 0 of values that are all the same."""
     return float(np.corrcoef(values, np.arange(len(values)))[0, 1]) if values.min() < values.max() else 0.0
+
+
+def _began_with(first: NDArray[np.float64]) -> float:
+    """What the run began with. Where it is the number of the update times something, from next to nothing on, a coefficient is warmed up (the
+    KL term of a VAE): then the largest of the first losses, for the very first ones are what the rest of the loss costs."""
+    each = first[1:WINDOW] / np.arange(1, len(first[:WINDOW]))
+    if (
+        len(each) >= RAMP
+        and first[0] <= FROM_NOTHING * first[1]
+        and np.all(np.abs(each - np.median(each)) <= EVENLY * np.median(each))
+    ):
+        return float(first.max())
+    return median(first[:START])
 
 
 def _overshoots(history: History) -> bool:
