@@ -373,7 +373,7 @@ class StandIns:
         if isinstance(function, MethodType):
             self._keep("", function.__self__, DEPTH)
             return self._keep_function(function.__func__)
-        if not isinstance(function, FunctionType) or function.__module__.partition(".")[0] == "torch":
+        if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] == "torch":
             return None
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # nothing has been put into it yet

@@ -72,10 +72,9 @@ def _missing_of(case: Case, ids: set[int]) -> Inquiry | None:
             case.step, None, cause, "Look in the loop for detach(), .data, item() or no_grad() between the model and the loss."
         )
     if way.depends:
-        cause = "What the model puts out depends on them, but no gradient comes back: the way leads through what is not torch's."
-        return Inquiry(
-            case.step, None, cause, "Stay with tensors on the way: no item(), numpy() or tolist(), and no choice by a number (if)."
-        )
+        cause = "What the model puts out depends on them, but no gradient comes back: what cuts the way was not found."
+        look = "a new leaf (nn.Parameter(z), torch.tensor(z)), a value that leaves torch (item(), numpy()), or a choice by one (if)"
+        return Inquiry(case.step, None, cause, f"Look between them and the output for {look}.")
     if way.used:
         cause = "They are used in the forward pass, but what the model puts out is the same with other weights."
         return Inquiry(case.step, None, cause, "Use the result in what forward() returns, or freeze them (requires_grad_(False)).")
@@ -88,7 +87,7 @@ def _of_cut(cut: Cut) -> tuple[str, str]:
     if cut.kind in ("detach", ".data"):
         return f"{cut.name}{at} cuts the way from the loss to them.", f"Take {cut.name} out, {freeze}."
     if cut.kind == "no_grad":
-        return f"They are used under no_grad(){at}, which keeps no way back.", f"Run it outside of torch.no_grad(), {freeze}."
+        return f"They are used under {cut.name}{at}, which keeps no way back.", f"Run it outside of torch.{cut.name}, {freeze}."
     if cut.kind == "custom":
         return (
             f"The way to them leads through the custom function {cut.name}, whose backward gives nothing back for it.",
@@ -111,7 +110,7 @@ def _of_cut(cut: Cut) -> tuple[str, str]:
         )
     if cut.kind == "indices":
         return (
-            f"The indices that {cut.name} gives{at} have no derivative; its values have.",
+            f"The integers that {cut.name} gives{at} have no derivative; its other values have.",
             "Use the values as well: weight what is chosen by them, or use a straight-through estimator.",
         )
     if cut.kind == "integer":
@@ -119,6 +118,8 @@ def _of_cut(cut: Cut) -> tuple[str, str]:
             f"{cut.name}{at} has no derivative: what it gives is no floating number.",
             "Use something with a derivative in its place: softmax for argmax, sigmoid for a comparison, or a straight-through estimator.",
         )
+    if cut.name == "grad":
+        return f"torch.autograd.grad{at} keeps no graph of what it gives.", "Give it create_graph=True."
     return f"{cut.name}{at} passes no gradient back.", "Use an operator with a derivative in its place."
 
 
@@ -127,16 +128,16 @@ def _squashed(alert: Alert, case: Case) -> Inquiry | None:
     for way in _ways(case, ()):
         cut = way.squashed.get(name)
         if cut is not None and cut.source and (not alert.layers or case.modules.get(cut.place.module, "") == alert.layers[0]):
-            return _answer(case, f"{alert.cause.rstrip('.')}; the {name} is applied at {cut.source}.", alert.remedy, cut)
+            return _answer(case, f"{alert.cause.rstrip('.')}; the {name} is applied at {cut.source}.", alert.remedy, cut, (name,))
     return None
 
 
-def _answer(case: Case, cause: str, remedy: str, cut: Cut) -> Inquiry:
-    """With the line of the user's, and what is to be taken out of it."""
+def _answer(case: Case, cause: str, remedy: str, cut: Cut, names: tuple[str, ...] = ()) -> Inquiry:
+    """With the line of the user's, and what is to be taken out of it: calls of these names, or what cuts."""
     if not cut.place.file or kind_of(cut.place.file) != USER:
         return Inquiry(case.step, None, cause, remedy)
     line = mend.line_of(cut.place.file, cut.place.line, cut.place.code)
-    names = {"detach": ("detach", "detach_"), ".data": ("data",), "other": (cut.name,)}.get(cut.kind)
+    names = {"detach": ("detach", "detach_"), ".data": ("data",)}.get(cut.kind, names)
     diff = mend.removal(cut.place.file, cut.place.line, names, cut.place.code) if names else None
     shown = diff or f"  {line}"
     return Inquiry(case.step, None, cause, f"{remedy}\n{shown}" if shown.strip() else remedy)

@@ -121,7 +121,9 @@ class Follower(TorchFunctionMode):
         for thing in given:
             self._read(thing)
         live = any(id(thing) in self._live for thing in given)
-        dead = next((cut for thing in given if (cut := self._dead.get(id(thing))) is not None), None)
+        cuts = [cut for thing in given if (cut := self._dead.get(id(thing))) is not None]
+        # What is chosen counts before what it is chosen by: a mask beside a value that is detached.
+        dead = next((cut for cut in cuts if cut.kind not in _CHOOSE), cuts[0] if cuts else None)
         if not live and dead is None:
             return out
         self.used = True
@@ -137,7 +139,7 @@ class Follower(TorchFunctionMode):
             elif dead is not None:
                 # Where the way would end here, too, it is of no use to take out what cut it before.
                 ends_here = not isinstance(thing, Tensor) or not (thing.is_floating_point() or thing.is_complex())
-                known = dead.kind in ("integer", "indices", "python") or not ends_here or name.startswith("__get")
+                known = dead.kind in (*_CHOOSE, "python") or not ends_here or name.startswith("__get")
                 self._dead.setdefault(id(thing), dead if known else self._cut(func, name, thing, results))
         self._write(name, args, kwargs, live, dead)
         if name in _TO_PYTHON:
@@ -202,9 +204,12 @@ class Follower(TorchFunctionMode):
             if _in_sample():
                 return Cut("sample", "sample()", place)
             function = _custom_function()
-            return Cut("custom", function, place) if function else Cut("no_grad", "no_grad()", place)
+            mode = "inference_mode()" if torch.is_inference_mode_enabled() else "no_grad()"
+            return Cut("custom", function, place) if function else Cut("no_grad", mode, place)
         return Cut("other", name, place)
 
+
+_CHOOSE = ("integer", "indices")
 
 _SHAPES = (
     "zeros_like",

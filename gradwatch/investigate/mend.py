@@ -18,6 +18,9 @@ from typing import NamedTuple
 EPS = "1e-8"
 """What is added below roots and logs: above float32's smallest normal number by 30 decades and below what a loss would notice."""
 
+SMALL = 1e-4
+"""Largest number below which `EPS` is no small part of what is there."""
+
 _LONGEST = 20
 """Lines of a statement that is looked at."""
 
@@ -32,7 +35,7 @@ class Culprit:
     Attributes:
         op: its name without "aten::".
         backward: it is its derivative that is bad.
-        low: smallest number of its last input that is a floating tensor; NaN: not known.
+        low, high: smallest and largest number of its last input that is a floating tensor; NaN: not known.
         tensors: how many tensors it was given.
         counts: the last of them holds integers.
         infinite: what it gives, or its derivative, is Inf somewhere, and not NaN alone: of a division, something that is not 0 was divided
@@ -47,6 +50,7 @@ class Culprit:
     op: str
     backward: bool = False
     low: float = float("nan")
+    high: float = float("nan")
     tensors: int = 1
     counts: bool = False
     infinite: bool = False
@@ -87,13 +91,21 @@ def mend(file: str, line: int, culprit: Culprit) -> Mend:
     if op in ("div", "reciprocal", "true_divide"):
         culprit = replace(culprit, roots=_named_roots(file))
     make = _MENDS.get(op)
-    if make is None:
+    if make is None or (0 < culprit.high < SMALL and (make in (_root, _division) or op.startswith("log"))):
         return NONE
     edits = [edit for node in _meant(tree, line - first + 1, culprit) for edit in make(node, culprit, source)]
     traps = _trap(tree, culprit, source) if culprit.backward and not culprit.infinite else []
-    edits = list(dict.fromkeys(traps or edits))
+    edits = list(dict.fromkeys(traps or edits)) if _is_alone(tree, culprit) else []
     diff = _diff(source, edits[0]) if len(edits) == 1 else None
     return Mend(diff, bool(traps)) if diff and _parses(source, edits[0]) else NONE
+
+
+def _is_alone(tree: ast.AST, culprit: Culprit) -> bool:
+    """What ran stands once in the statement: to mend one of two that are the same mends nothing."""
+    if culprit.span is None:
+        return True
+    texts = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.expr) and _is_running(node, culprit.span)]
+    return not texts or sum(isinstance(node, ast.expr) and ast.unparse(node) == texts[0] for node in ast.walk(tree)) == 1
 
 
 @functools.lru_cache(maxsize=16)
@@ -139,6 +151,37 @@ def is_as_it_was(file: str, code: CodeType | None) -> bool:
     return False
 
 
+_NEED_IT = frozenset(
+    (
+        "deepcopy",
+        "copy",
+        "clone_",
+        "from_dlpack",
+        "set_",
+        "histc",
+        "dumps",
+        "save",
+        "append",
+        "extend",
+        "asarray",
+        "array",
+        "Parameter",
+    )
+)
+"""Calls that do not take what has a graph, or keep it, so that a graph would grow from step to step."""
+
+
+def _must_stay(tree: ast.AST) -> bool:
+    """A statement keeps what it makes for later, or gives it to something that takes none that has a graph."""
+    targets = (
+        tree.targets if isinstance(tree, ast.Assign) else [tree.target] if isinstance(tree, (ast.AugAssign, ast.AnnAssign)) else []
+    )
+    if any(isinstance(inner, ast.Attribute) for target in targets for inner in ast.walk(target)):
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(_called(call) in _NEED_IT or any(word.arg == "out" for word in call.keywords) for call in calls)
+
+
 def removal(file: str, line: int, names: tuple[str, ...], code: CodeType | None = None) -> str | None:
     """A diff that takes a call out: `F.softmax(x, dim=1)` becomes `x`, `x.detach()` becomes `x`."""
     if not is_as_it_was(file, code):
@@ -148,6 +191,8 @@ def removal(file: str, line: int, names: tuple[str, ...], code: CodeType | None 
         return None
     source, first, tree = found
     edits = []
+    if {"detach", "data"} & set(names) and _must_stay(tree):
+        return None
     for node in _on_line(tree, line - first + 1):
         if isinstance(node, ast.Call) and _called(node) in names:
             inner = _subject(node)
@@ -338,7 +383,7 @@ def _clamped(limits: str) -> Callable[[str, ast.expr, bool, Culprit], str]:
 
 
 def _plus_eps(text: str, node: ast.expr, method: bool, culprit: Culprit) -> str:
-    if not culprit.backward and culprit.low < 0:
+    if culprit.low < 0:
         return f"{_closed(text, node)}.clamp_min({EPS})"
     added = f"{_summand(text, node)} + {EPS}"
     return f"({added})" if method else added
@@ -350,6 +395,9 @@ def _summand(text: str, node: ast.expr) -> str:
 
 
 def _root(node: ast.expr | ast.AugAssign, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
+    base = node.left if isinstance(node, ast.BinOp) else _subject(node) if isinstance(node, ast.Call) else None
+    if base is not None and _is_a_root(base):
+        return  # what is below it is to be mended
     if culprit.op.strip("_") != "pow":
         yield from _argument(("sqrt", "sqrt_", "rsqrt"), _plus_eps)(node, culprit, source)
     if (
@@ -359,7 +407,7 @@ def _root(node: ast.expr | ast.AugAssign, culprit: Culprit, source: list[str]) -
         and not isinstance(node.left, ast.Constant)
     ):
         inner, text = node.left, _text(source, node.left)
-        if not culprit.backward and culprit.low < 0:
+        if culprit.low < 0:
             yield Edit(_operand(source, inner), f"{_closed(text, inner)}.clamp_min({EPS})")
         else:
             yield Edit(_operand(source, inner), f"({_summand(text, inner)} + {EPS})")
@@ -368,12 +416,13 @@ def _root(node: ast.expr | ast.AugAssign, culprit: Culprit, source: list[str]) -
 
 
 def _is_root(exponent: ast.expr) -> bool:
-    """A number below 1: what is larger has a derivative at 0, and what is no number is not known."""
+    """A number between -1 and 1: what is larger has a derivative at 0, 1e-8 to the power of less is no mend, and what is no number is not
+    known."""
     try:
         value = ast.literal_eval(exponent)
     except (ValueError, TypeError, SyntaxError):
         return False
-    return isinstance(value, (int, float)) and value < 1
+    return isinstance(value, (int, float)) and -1 < value < 1
 
 
 def _division(node: ast.expr | ast.AugAssign, culprit: Culprit, source: list[str]) -> Iterator[Edit]:
@@ -474,6 +523,10 @@ def _trap(tree: ast.AST, culprit: Culprit, source: list[str]) -> list[Edit]:
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and _called(node) == "where" and len(node.args) == 3 and not _is_method(node)):
             continue
+        if any(
+            "rand" in _called(inner) or _called(inner) in _DRAW for inner in ast.walk(node.args[0]) if isinstance(inner, ast.Call)
+        ):
+            continue  # asked twice it may say something else
         condition = _text(source, node.args[0])
         for number, branch in enumerate(node.args[1:]):
             for inner in _elementwise(branch):
@@ -486,6 +539,9 @@ def _trap(tree: ast.AST, culprit: Culprit, source: list[str]) -> list[Edit]:
                 chosen = (text, "1.0") if number == 0 else ("1.0", text)
                 traps.append(Edit(_span(argument), f"torch.where({condition}, {', '.join(chosen)})"))
     return traps
+
+
+_DRAW = frozenset(("bernoulli", "bernoulli_", "multinomial", "sample", "dropout", "next", "pop", "popleft", "choice"))
 
 
 def _elementwise(node: ast.expr) -> Iterator[ast.expr]:

@@ -138,7 +138,9 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
     module = case.modules.get(place.module, "")
     origin = Origin(module, telling.operator(root.op), "backward" if backward else "forward", source)
     cause = telling.cause(event, origin)
-    last = root.facts[-1] if root.facts else (float("nan"), float("nan"), 0)
+    own = root.saved if root.saved is not None and root.saved.place == place else None  # what it gave forward was bad, too
+    facts = own.facts if own is not None and own.facts else root.facts
+    last = facts[-1] if facts else (math.nan, math.nan, 0)
     found, shown = mend.NONE, ""
     if file and kind_of(file) == USER:
         half = root.dtype in (torch.float16, torch.bfloat16)
@@ -146,6 +148,7 @@ def _described(case: Case, call: Call | None, event: Event, backward: bool) -> I
             root.op,
             backward,
             math.nan if root.counts else last[0],
+            math.nan if root.counts else last[1],
             root.tensors,
             counts=root.counts,
             infinite=root.bad.inf,

@@ -174,7 +174,8 @@ _EXP = "Bound its input (clamp(max=20): exp(20) is 5e8), or subtract the maximum
 _REMEDIES = {
     **dict.fromkeys(("log", "log2", "log10", "xlogy"), _LOG),
     **dict.fromkeys(("acos", "asin", "atanh", "acosh", "erfinv"), _DOMAIN),
-    **dict.fromkeys(("sqrt", "pow"), _ROOT),
+    "sqrt": _ROOT,
+    "pow": "Keep its base away from 0 (an eps, a clamp), and above it where the exponent is no whole number: there the derivative is infinite.",
     "rsqrt": "Add a small eps inside the root (1e-8).",
     **dict.fromkeys(("exp", "exp2", "expm1", "sinh", "cosh"), _EXP),
     **dict.fromkeys(

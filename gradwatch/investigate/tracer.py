@@ -266,6 +266,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # An operator in place may save a copy of what it changes before it does.
             if number >= 0 and (made is None or (made.op == "clone" and op.writes)):
                 step.place = self._here()
+                if made is not None and number - 1 not in self.made:  # the copy got a node of its own, behind that of the operator
+                    self.made[number - 1] = Made(op.name, step.place)
                 self.made[number] = Made(op.name, step.place)
         unread = set(map(id, _statistics(op.name, args)))
         step.inputs = [tensor for tensor in (*_tensors(args), *_tensors(kwargs.values())) if id(tensor) not in unread]
@@ -282,8 +284,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             step.saved = next((event.root for event in forward if not event.root.is_deliberate), None)
             causes = [(event, bad) for event, bad in causes if event not in forward]
         step.causes = causes
-        if step.written and not op.constant:
-            step.facts = _facts(step.inputs)  # afterwards they are what it has made of them
+        if step.written and not op.constant:  # afterwards they are what it has made of them
+            step.facts, step.last = _facts(step.inputs), _least(step.last)
         return step
 
     def _after(self, step: _Step, out: Any) -> None:
@@ -371,7 +373,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             event.place = step.place or self._place(event)
             event.facts = step.facts if step.facts is not None else _facts(step.inputs)
             event.tensors = len(step.inputs)
-            event.least, event.counts = _least(step.last)
+            event.least, event.counts = step.last if isinstance(step.last, tuple) else _least(step.last)
             event.dtype = next((tensor.dtype for tensor in step.inputs if tensor.is_floating_point()), output.dtype)
             event.negative = is_mask(output, bad)
             wrong = ~torch.isfinite(_values(output.detach()))

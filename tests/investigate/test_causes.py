@@ -329,9 +329,30 @@ def sampled(h: Tensor) -> Tensor:
     return torch.distributions.Normal(h, 1.0).sample()  # guilty
 
 
+def differentiated(h: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(h.square().sum(), h)  # guilty
+    return g
+
+
+def in_inference(h: Tensor) -> Tensor:
+    with torch.inference_mode():
+        x = torch.relu(h)  # guilty
+    return x.clone()
+
+
+class Kept(Net):
+    """What it gives is kept for the next step."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.last = self.a(x).detach() * 0.5  # guilty
+        return self.b(self.last)
+
+
 @pytest.mark.parametrize(
     ("middle", "says"),
     [
+        (differentiated, "torch.autograd.grad at {} keeps no graph"),
+        (in_inference, "They are used under inference_mode() at {},"),
         (past_the_graph, "copy_() at {} writes to memory past the graph"),
         (into_data, "add_() at {} writes to memory past the graph"),
         (under_no_grad, "They are used under no_grad() at {},"),
@@ -339,8 +360,8 @@ def sampled(h: Tensor) -> Tensor:
         (through_an_array, "numpy() at {} takes the value out of torch"),
         (as_an_array, "numpy at {} takes the value out of torch"),
         (drawn, "multinomial at {} has no derivative"),
-        (nearest, "The indices that min gives at {} have no derivative"),
-        (top, "The indices that topk gives at {} have no derivative"),
+        (nearest, "The integers that min gives at {} have no derivative"),
+        (top, "The integers that topk gives at {} have no derivative"),
         (sampled, "sample() at {} draws without a way back."),
     ],
 )
@@ -400,3 +421,22 @@ def test_of_two_softmaxes_of_a_pass_the_line_is_not_guessed() -> None:
     )
     assert "test_causes.py" not in alert.cause
     assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())
+
+
+def test_a_value_that_is_detached_counts_before_the_mask_that_chooses_it() -> None:
+    alert = alert_of(Net(lambda h: torch.where(h > 0, h.detach(), torch.zeros(()))))
+    assert alert.cause.startswith("detach() at ")
+
+
+def test_a_detach_of_what_is_kept_for_the_next_step_is_not_taken_out() -> None:
+    alert = alert_of(Kept(lambda h: h))
+    assert alert.cause.startswith(f"detach() at {guilty(Kept)}")
+    assert not any(line.startswith("+ ") for line in alert.remedy.splitlines())
+
+
+def test_a_function_of_no_module_is_run_again() -> None:
+    names: dict[str, Any] = {}
+    exec("def f(h):\n    return h.detach() * 2\n", names)
+    names["f"].__module__ = None
+    alert = alert_of(Net(names["f"]))
+    assert alert.cause.startswith("detach()")

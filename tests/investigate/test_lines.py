@@ -77,6 +77,15 @@ MENDED = [
         "r = h0 / (2 * torch.sqrt((h0**2).sum(-1) + 1e-8))[:, None]",
         id="a multiple of a root",
     ),
+    pytest.param(
+        "r = torch.nan_to_num(h.sqrt())", "aten::sqrt", "r = torch.nan_to_num(h.clamp_min(1e-8).sqrt())", id="a root of less than 0"
+    ),
+    pytest.param(
+        "r = torch.where(torch.rand_like(h) > 0.5, h0.abs().sqrt(), 0.0)",
+        "aten::sqrt",
+        "r = torch.where(torch.rand_like(h) > 0.5, (h0.abs() + 1e-8).sqrt(), 0.0)",
+        id="a where that draws",
+    ),
     pytest.param("r = n / (x > 1).sum(1)[:, None]", "aten::div by 0", "r = n / (x > 1).sum(1)[:, None].clamp(min=1)", id="a count"),
     pytest.param(
         "h0 /= h0.sum(-1, keepdim=True).abs()\nr = h0",
@@ -102,6 +111,12 @@ MENDED = [
 ]
 
 NOT_MENDED = [
+    pytest.param("r = h / torch.sin(h0) ** -1", "aten::", id="a power below -1"),
+    pytest.param(
+        "u = h0 * 1e-6\nr = h + (u**2).sum(-1, keepdim=True).sqrt() * 1e5", "aten::sqrt", id="numbers as small as the eps"
+    ),
+    pytest.param("r = h0.abs().sqrt().sqrt()", "aten::sqrt", id="a root of a root"),
+    pytest.param("r = torch.exp(n * 1e4) / torch.exp(n * 1e4).sum()", "aten::exp of", id="the same twice"),
     pytest.param(
         f"r = -{NORMAL}.log_prob(x[:, :1]) / math.log(2)", "aten::div by 0", id="inside a distribution, beside a division"
     ),
@@ -118,6 +133,13 @@ TOLD = [
     pytest.param(
         "r = 1e20 * n / (n * 1e-30 + 1e-30)", "aten::div of numbers up to ", "Make what it is given smaller", id="an overflow"
     ),
+    pytest.param(
+        "s = (h0**2).sum(-1, keepdim=True)\ns **= 0.5\nr = h / (s + 1.0)",
+        "of aten::pow_ at sick.py:22 is",
+        "Keep its base",
+        id="in place",
+    ),
+    pytest.param("r = h0.reciprocal_()", "aten::reciprocal_ by 0 gives Inf", "Keep the divisor away from 0", id="written over"),
     pytest.param("r = n / (x > 9).sum(1)[:, None]", "aten::div by 0 gives", "Keep the divisor away from 0", id="a count of 0"),
     pytest.param(
         "r = torch.softmax(h.masked_fill(m > 0, float('inf')), -1)",
