@@ -80,6 +80,6 @@ def test_a_nan_in_the_middle_is_traced(name: str, bug: Callable[[Tensor], Tensor
     assert alerts[0].step >= AT
     if name in SWALLOWED and phase == "forward":  # by the design, what reaches no output is told as the derivative that it spoils
         assert (origin.op, origin.phase) == (SWALLOWED[name], "backward")
-        assert f"for {op} at {line_of(bug)} made NaN of what it was given" in alerts[0].cause
+        assert f"for it is given NaN that comes from {op} at {line_of(bug)}" in alerts[0].cause
         return
     assert (origin.module, origin.op, origin.phase, origin.source) == (middle, op, phase, line_of(bug)), alerts[0].cause
