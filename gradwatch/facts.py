@@ -216,6 +216,10 @@ class Meta:
         return np.array([at.get(f.layer, -1) for f in self.parameters], np.int64)
 
 
+EMPTY = 4
+"""Steps without a single gradient after which they are judged, and the weights looked at, again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pending:
     """What has happened since the last closed record and is not in it.
@@ -224,10 +228,12 @@ class Pending:
         backward_calls: backward passes in the open record.
         unowned: backward passes dropped since the last record because only optimizers of other models stepped.
         foreign_steps: steps of optimizers that own nothing watched, or nothing that the open record reached, since the last record.
+        empty_steps: steps of optimizers that own watched parameters, none of which has had a gradient or moved yet.
         ever_stepped: an owner of a watched parameter has stepped, or a watched weight has been changed by hand, at least once.
     """
 
     backward_calls: int = 0
     unowned: int = 0
     foreign_steps: int = 0
+    empty_steps: int = 0
     ever_stepped: bool = False

@@ -29,7 +29,7 @@ from gradwatch.checkpoint import decode, encode
 from gradwatch.clip import Clipper
 from gradwatch.diagnose.incidents import Incidents
 from gradwatch.diagnose.rules import Rule, default_rules, name_of
-from gradwatch.facts import Meta
+from gradwatch.facts import EMPTY, Meta
 from gradwatch.foresight import Foresight
 from gradwatch.history import History
 from gradwatch.investigate.inquest import Inquest
@@ -481,6 +481,7 @@ class GradWatch:
     def on_post_step(self, optimizer: Optimizer) -> None:
         if self._heeds(optimizer) and self.lives_here():
             self._guard(lambda recorder: self._stepped(recorder, recorder.post_step(optimizer)))
+            self._judge_pending()
 
     def _stepped(self, recorder: Recorder, key: int | None) -> None:
         if self._keeping is not None and self._history is not None and key is not None:
@@ -594,7 +595,9 @@ class GradWatch:
         if recorder is None or history is None:
             return
         pending = recorder.pending
-        if pending is not history.pending and (pending.unowned or (pending.backward_calls and pending.backward_calls % 16 == 0)):
+        piled = pending.unowned or (pending.backward_calls and pending.backward_calls % 16 == 0)
+        empty = pending.empty_steps and pending.empty_steps % EMPTY == 0
+        if pending is not history.pending and (piled or empty):
             history.pending = pending
             self._guard(lambda _: self._judge(history))
 

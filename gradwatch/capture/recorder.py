@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from torch.optim import Optimizer
 
 from gradwatch.capture import private
 from gradwatch.capture.acting import BY_HAND, INSIDE_BACKWARD, Act, Acting, Deliberate
-from gradwatch.capture.call import Ask, Call, Case
+from gradwatch.capture.call import PLAIN, Ask, Call, Case
 from gradwatch.capture.description import InitialFacts, describe
 from gradwatch.capture.draft import Closed, Draft, Probes
 from gradwatch.capture.gradients import UNCHANGED, Gradients
@@ -31,7 +33,7 @@ from gradwatch.capture.slab import CLIP_COEF, GRADIENTS, LOSS, PROBES, SCALARS, 
 from gradwatch.capture.walks import Walks
 from gradwatch.capture.weights import WeightSample
 from gradwatch.clock import Clock, Open, Outcome, Pre
-from gradwatch.facts import FROZEN_AFTER, Meta, Pending
+from gradwatch.facts import EMPTY, FROZEN_AFTER, Meta, Pending
 from gradwatch.records import Alert, GradState, Inquiry, Sampling
 
 _TURN = 64
@@ -101,7 +103,8 @@ class Recorder:
         self._draft: Draft | None = None
         self._queue: list[Closed] = []
         self._told: list[Any] = []
-        self._foreign_steps = self._unowned = 0
+        self._foreign_steps = self._unowned = self._empty_steps = 0
+        self._unmoved: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._ever_stepped = False
         self._dirty = self._saw_loss = False
         self._frozen_seen: list[list[bool]] = []
@@ -368,6 +371,7 @@ class Recorder:
             self.gradients.used(mine)
         if outermost and not found_inf and (record is None or draft is None):
             self._steps_without.add(key)  # nothing has reached what it owns since it stepped last
+            self._see_empty_step(mine, record)
         elif draft is not None and outermost and not found_inf and (record is None or key not in record.owners):
             self._steps_without.add(key)
             self._foreign_steps += 1  # of another of the watched models, which this record has not reached
@@ -383,6 +387,24 @@ class Recorder:
         if outcome is not None:
             self._finish(outcome)
         return key if outermost else None
+
+    def _see_empty_step(self, mine: Sequence[int], record: Open | None) -> None:
+        """An optimizer stepped before anything was recorded: did it find a gradient, or move a weight without one, as those do that try out?"""
+        owned = [self.table.params[slot] for slot in mine]
+        if (
+            self.recorded()
+            or not any(p.requires_grad for p in owned)
+            or any(p.grad is not None or type(p) not in PLAIN or p.is_meta for p in owned)
+        ):
+            return
+        smallest = min(owned, key=Tensor.numel)
+        if self._unmoved is None:
+            self._unmoved = weakref.ref(smallest), smallest.detach().clone()
+        before, was = self._unmoved
+        if before() is smallest and not self._empty_steps % EMPTY and not torch.equal(was, smallest):
+            self._empty_steps = -sys.maxsize
+        self._empty_steps += 1
+        self._update_pending(record)
 
     def by_hand(self) -> None:
         """The user says that the update is over."""
@@ -889,6 +911,7 @@ class Recorder:
             backward_calls=record.backward_calls if record is not None else 0,
             unowned=self._unowned,
             foreign_steps=self._foreign_steps,
+            empty_steps=max(0, self._empty_steps),
             ever_stepped=self._ever_stepped,
         )
 

@@ -134,12 +134,13 @@ def never_stepped(history: History) -> Iterator[Finding]:
 def missing_gradient(history: History) -> Iterator[Finding]:
     """Every trainable parameter of a module is reached by no backward pass over a window of its owner's steps.
 
-    The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of a
-    list of equals that is not known to have been; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or
-    where it was frozen before. Whether the modules were called in the window, if that was looked at, is told: it separates what forgets
-    them from what detaches their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose
-    module (or the modules below it) has others that are reached is INFO: mask tokens and the like. Parameters without an owner that
-    steps are ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
+    The window is `MISSED_STEPS` where none ever was; `MISSED_UNCALLED` for a module known never to have been called and for one of a list
+    of equals that is not known to have been; `MISSED_LATER`, and at least five times the longest earlier gap, where one was, or where it
+    was frozen before. Whether the modules were called in the window, if that was looked at, is told: it separates what forgets them from
+    what detaches their output, and modules of the two kinds are told apart unless they make up one module. A parameter whose module (or the
+    modules below it) has others that are reached is INFO: mask tokens and the like. `MISSED_STEPS` steps of optimizers that own watched
+    parameters, before any of these has had a gradient or moved, are an ERROR: all of the model is cut off from the loss. Parameters without
+    an owner that steps are ignored (a teacher), and so are experts (one of a list some of which are idle now and then, or called so).
 
     Example:
         >>> with GradWatch(model):
@@ -147,6 +148,18 @@ def missing_gradient(history: History) -> Iterator[Finding]:
         ...         step(model.head(model.body(x).detach()), y)
     """
     b, meta = history.baselines, history.meta
+    steps = history.pending.empty_steps
+    if not history.recorded and steps >= MISSED_STEPS:
+        mine = np.flatnonzero(meta.trainable)
+        yield Finding(
+            "missing_gradient",
+            Severity.ERROR,
+            0,
+            parameters=named(meta, mine),
+            message=f"no gradient at all in {steps} steps for any of {_count(len(mine), 'parameter')}",
+            evidence={"missed_steps": steps, "parameters": len(mine), "uncalled": 0, "called": 0, "reached_before": 0},
+        )
+        return
     window = np.where((b.reached == 0) & (b.frozen < 0), MISSED_STEPS, np.maximum(MISSED_LATER, 5 * b.gap))
     idle = (b.missed >= window) & meta.trainable & meta.owned
     if not idle.any():
