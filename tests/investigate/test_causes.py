@@ -440,3 +440,28 @@ def test_a_function_of_no_module_is_run_again() -> None:
     names["f"].__module__ = None
     alert = alert_of(Net(names["f"]))
     assert alert.cause.startswith("detach()")
+
+
+def test_a_detach_of_what_was_written_within_the_graph() -> None:
+    def middle(h: Tensor) -> Tensor:
+        x = torch.zeros(8, 4)
+        x[0].copy_(h[0])  # by a view: the whole is another object
+        return x.detach() * 2  # guilty
+
+    assert alert_of(Net(middle)).cause.startswith(f"detach() at {guilty(middle)} cuts the way")
+
+
+def test_the_softmax_that_gives_the_output_is_meant_and_not_that_of_an_attention() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h = h * F.softmax(h, dim=1)
+            return F.softmax(self.b(h), dim=1)  # guilty
+
+    alert = alert_of(Attends(), "double_softmax")
+    assert alert.cause.endswith(f"the softmax is applied at {guilty(Attends.forward)}.")
+    assert alert.remedy.splitlines()[2] == "+ return self.b(h)  # guilty"

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gradwatch import GradWatch
@@ -81,10 +82,16 @@ MENDED = [
         "r = torch.nan_to_num(h.sqrt())", "aten::sqrt", "r = torch.nan_to_num(h.clamp_min(1e-8).sqrt())", id="a root of less than 0"
     ),
     pytest.param(
-        "r = torch.where(torch.rand_like(h) > 0.5, h0.abs().sqrt(), 0.0)",
-        "aten::sqrt",
-        "r = torch.where(torch.rand_like(h) > 0.5, (h0.abs() + 1e-8).sqrt(), 0.0)",
+        "r = torch.where(torch.rand_like(h) > 2.0, h0.abs().log(), h)",
+        "aten::log",
+        "r = torch.where(torch.rand_like(h) > 2.0, h0.abs().clamp_min(1e-8).log(), h)",
         id="a where that draws",
+    ),
+    pytest.param(
+        "a, d = h.abs() + 0.1, h0**2\nr = torch.where(h > 0, a.sqrt(), 0.0) + torch.where(m > 0, d.sqrt(), 0.0)",
+        "aten::sqrt",
+        "r = torch.where(h > 0, a.sqrt(), 0.0) + torch.where(m > 0, torch.where(m > 0, d, 1.0).sqrt(), 0.0)",
+        id="the second of two where",
     ),
     pytest.param("r = n / (x > 1).sum(1)[:, None]", "aten::div by 0", "r = n / (x > 1).sum(1)[:, None].clamp(min=1)", id="a count"),
     pytest.param(
@@ -218,3 +225,18 @@ def test_what_is_said_is_true_of_the_numbers(body: str, says: str, remedy: str, 
     alert = trained(tmp_path, "sick", source_of(body))[1][0]
     assert says in alert.cause
     assert remedy in alert.remedy
+
+
+def test_a_line_that_only_calls_the_model_is_not_mended() -> None:
+    layer = nn.Linear(6, 8)
+    nn.init.zeros_(layer.weight)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(layer), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    accumulated = torch.tensor(2.0)
+    with GradWatch(model, console=False) as watch:
+        loss = F.cross_entropy(model(torch.randn(16, 6)), torch.arange(16) % 3) / accumulated
+        loss.backward()
+        optimizer.step()
+    (alert,) = watch.alerts
+    assert alert.cause.startswith("aten::div by 0 gives NaN in 0.parametrizations.weight.0 at test_lines.py:")
+    assert alert.remedy.splitlines()[1].strip().startswith("loss = F.cross_entropy(")
