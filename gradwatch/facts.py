@@ -228,12 +228,12 @@ class Pending:
         backward_calls: backward passes in the open record.
         unowned: backward passes dropped since the last record because only optimizers of other models stepped.
         foreign_steps: steps of optimizers that own nothing watched, or nothing that the open record reached, since the last record.
-        empty_steps: steps of optimizers that own watched parameters, none of which has had a gradient or moved yet.
         ever_stepped: an owner of a watched parameter has stepped, or a watched weight has been changed by hand, at least once.
+        empty_steps: steps of optimizers that own watched parameters, none of which has had a gradient or moved yet.
     """
 
     backward_calls: int = 0
     unowned: int = 0
     foreign_steps: int = 0
-    empty_steps: int = 0
     ever_stepped: bool = False
+    empty_steps: int = 0
