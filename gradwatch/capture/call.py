@@ -48,7 +48,7 @@ class Call:
     kwargs: dict[str, Any]
     versions: list[int]
     generator: Tensor
-    computed: frozenset[int] = frozenset()
+    computed: set[int] = field(default_factory=set)
     generators: dict[int, Tensor] = field(default_factory=dict)
     autocast: list[tuple[str, torch.dtype]] = field(default_factory=list)
     site: tuple[str, int] = ("", 0)

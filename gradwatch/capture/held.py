@@ -216,13 +216,13 @@ class Held:
         if kwargs:
             tensors += tensors_of(kwargs)
         versions: list[int] = []
-        computed: frozenset[int] = frozenset()
+        computed: set[int] = set()
         for tensor in tensors:
             if tensor.is_meta:
                 return
             versions.append(private.version_or_zero(tensor))
             if tensor.grad_fn is not None:
-                computed |= {len(versions) - 1}
+                computed.add(len(versions) - 1)
         if computed:
             args, kwargs = _without_graph((args, kwargs))
         call = Call(root, model, args, kwargs, versions, torch.get_rng_state(), computed, site=_site(sys._getframe(1)))
