@@ -481,7 +481,8 @@ class GradWatch:
     def on_post_step(self, optimizer: Optimizer) -> None:
         if self._heeds(optimizer) and self.lives_here():
             self._guard(lambda recorder: self._stepped(recorder, recorder.post_step(optimizer)))
-            self._judge_pending()
+            if self._recorder is not None and self._recorder.pending.empty_steps:
+                self._judge_pending()
 
     def _stepped(self, recorder: Recorder, key: int | None) -> None:
         if self._keeping is not None and self._history is not None and key is not None:

@@ -155,7 +155,6 @@ _NEED_IT = frozenset(
     (
         "deepcopy",
         "copy",
-        "clone_",
         "from_dlpack",
         "set_",
         "histc",
