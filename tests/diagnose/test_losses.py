@@ -93,6 +93,7 @@ def test_a_block_that_ends_early_is_judged_from_10_updates_on(records: int, told
         ),
         pytest.param(chain(3), [0.001] + [0.02 * i for i in range(1, 160)], True, id="its coefficient for ever"),
         pytest.param(chain(3), [0.02] + [0.02 * (1 + i) for i in range(1, 60)], True, id="as steadily, from what the loss costs"),
+        pytest.param(chain(3), [0.02] + [0.02 * i for i in range(1, 60)], True, id="in proportion, but not from nothing"),
         pytest.param(chain(3), [0.001] + [0.02 * 1.4**i for i in range(1, 30)], True, id="from nothing, by a factor"),
     ],
 )

@@ -590,3 +590,17 @@ def test_a_division_by_0_is_no_overflow_of_what_grew(growing: bool) -> None:
     alert = next(alert for alert in watch.alerts if alert.rule == "non_finite_loss")
     assert alert.cause == "aten::div in the loss, outside the model, makes it not finite."
     assert "diverged" not in alert.cause
+
+
+def test_a_loss_that_has_fallen_below_0_has_not_grown() -> None:
+    """Nobody looks for the origin here, so that only the course of the loss tells."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradWatch(model, console=False, origin=False) as watch:
+        for i in range(16):
+            optimizer.zero_grad()
+            loss = model(torch.ones(8, 4)).square().mean() + 0.01
+            (0.01 * loss / loss.detach() - i + (torch.nan if i == 15 else 0.0)).backward()
+            optimizer.step()
+    alert = next(alert for alert in watch.alerts if alert.rule == "non_finite_loss")
+    assert alert.cause.startswith("A log, sqrt, division or exp in the model or the loss left its domain")

@@ -104,9 +104,10 @@ def test_a_frozen_model_whose_optimizer_steps_is_no_fault() -> None:
     assert not [alert for alert in watch.alerts if alert.severity >= Severity.WARNING]
 
 
-def test_gradients_that_somebody_sets_by_hand_are_there() -> None:
+@pytest.mark.parametrize("lr", [0.1, 0.0])
+def test_gradients_that_somebody_sets_by_hand_are_there(lr: float) -> None:
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with GradWatch(model, console=False) as watch:
         for _ in range(40):
             for p in model.parameters():
