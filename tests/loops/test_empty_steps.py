@@ -128,3 +128,14 @@ def test_it_ends_when_a_gradient_comes() -> None:
             optimizer.step()
     (alert,) = [alert for alert in watch.alerts if alert.rule == "missing_gradient"]
     assert alert.state == "ended"
+
+
+def test_gradients_of_before_the_block_are_there() -> None:
+    """Nothing is recorded of them, and with a rate of 0 nothing moves; yet the steps are not empty."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.randn(16, 6)).square().mean().backward()
+    with GradWatch(model, console=False) as watch:
+        for _ in range(40):
+            optimizer.step()
+    assert "missing_gradient" not in [alert.rule for alert in watch.alerts]
