@@ -371,7 +371,8 @@ class Recorder:
             self.gradients.used(mine)
         if outermost and not found_inf and (record is None or draft is None):
             self._steps_without.add(key)  # nothing has reached what it owns since it stepped last
-            self._see_empty_step(mine, record)
+            if record is None:
+                self._see_empty_step(mine)
         elif draft is not None and outermost and not found_inf and (record is None or key not in record.owners):
             self._steps_without.add(key)
             self._foreign_steps += 1  # of another of the watched models, which this record has not reached
@@ -388,14 +389,10 @@ class Recorder:
             self._finish(outcome)
         return key if outermost else None
 
-    def _see_empty_step(self, mine: Sequence[int], record: Open | None) -> None:
-        """An optimizer stepped before anything was recorded: did it find a gradient, or move a weight without one, as those do that try out?"""
+    def _see_empty_step(self, mine: Sequence[int]) -> None:
+        """An optimizer stepped before anything was recorded: did it move a weight without a gradient, as those do that try out?"""
         owned = [self.table.params[slot] for slot in mine]
-        if (
-            self.recorded()
-            or not any(p.requires_grad for p in owned)
-            or any(p.grad is not None or type(p) not in PLAIN or p.is_meta for p in owned)
-        ):
+        if self.recorded() or not any(p.requires_grad for p in owned) or any(type(p) not in PLAIN or p.is_meta for p in owned):
             return
         smallest = min(owned, key=Tensor.numel)
         if self._unmoved is None:
@@ -404,7 +401,7 @@ class Recorder:
         if before() is smallest and not self._empty_steps % EMPTY and not torch.equal(was, smallest):
             self._empty_steps = -sys.maxsize
         self._empty_steps += 1
-        self._update_pending(record)
+        self._update_pending()
 
     def by_hand(self) -> None:
         """The user says that the update is over."""
